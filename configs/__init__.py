@@ -1,0 +1,1 @@
+"""Hydra configuration groups: model, cluster, device, optimizer, train, suite."""

@@ -1,0 +1,1 @@
+"""What a plan costs: devices, topologies, collectives, operator times, memory, tables, simulation."""

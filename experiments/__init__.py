@@ -1,0 +1,1 @@
+"""Command line mains. The only package that knows Hydra."""

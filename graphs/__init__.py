@@ -1,0 +1,1 @@
+"""What the program is: ops, tensors, sharding rules, decision groups and meshes."""

@@ -156,8 +156,8 @@ def comparison(data: ReportData) -> str:
             "under the cost model."
         )
     return (
-        "<div class=scroll><table class=compare><thead><tr><th>plan<th>step time<th>"
-        "<th>× this plan<th>memory<th>mesh<th>status</thead>"
+        "<div class=scroll><table class=compare><thead><tr><th>plan<th class=n>step time<th>"
+        "<th class=n>× this plan<th class=n>memory<th>mesh<th>status</thead>"
         f"<tbody>{body}</tbody></table></div><p class=note>{note}</p>"
     )
 

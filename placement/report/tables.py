@@ -33,6 +33,19 @@ def fold(rows: tuple[TensorRow, ...]) -> list[Folded]:
     ]
 
 
+def table(columns: str, body: str, *, name: str = "") -> str:
+    """A table that scrolls sideways; columns whose heading ends with > hold numbers."""
+    heads = "".join(
+        f"<th class=n>{head[:-1]}" if head.endswith(">") else f"<th>{head}"
+        for head in columns.split(", ")
+    )
+    identity = f' id="{name}"' if name else ""
+    return (
+        f"<div class=scroll><table{identity}><thead><tr>{heads}</thead>"
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
 def tensors(data: ReportData) -> str:
     """Every leaf of the arguments: shape, type, spec, bytes in all and on each device."""
     if not data.tensors:
@@ -57,11 +70,9 @@ def tensors(data: ReportData) -> str:
         for f in fold(data.tensors)
     )
     return (
-        "<div class=scroll><table><thead><tr><th>kind<th>tensors<th>in all<th>per device"
-        f"<th>copies over the machine</thead><tbody>{''.join(summary)}</tbody></table></div>"
-        "<label class=find>Find <input id=find type=search placeholder='attention'></label>"
-        "<div class=scroll><table id=tensors><thead><tr><th>tensor<th>kind<th>shape<th>type"
-        f"<th>spec<th>in all<th>per device</thead><tbody>{body}</tbody></table></div>"
+        table("kind, tensors>, in all>, per device>, copies over the machine>", "".join(summary))
+        + "<label class=find>Find <input id=find type=search placeholder='attention'></label>"
+        + table("tensor, kind, shape, type, spec, in all>, per device>", body, name="tensors")
     )
 
 
@@ -77,10 +88,8 @@ def costs(data: ReportData) -> str:
         f"<td class=n>{memory(c.moved_bytes) if c.moved_bytes else ''}"
         for c in rows
     )
-    return (
-        "<div class=scroll><table><thead><tr><th>what<th>kind<th>busy<th>adds to the step"
-        "<th>of the step<th>times<th>moved per device</thead>"
-        f"<tbody>{body}</tbody></table></div>"
+    return table(
+        "what, kind, busy>, adds to the step>, of the step>, times>, moved per device>", body
     )
 
 
@@ -90,10 +99,7 @@ def searched(rows: tuple[CandidateRow, ...]) -> str:
         f"<td class=n>{memory(r.peak_memory_bytes)}<td>{escape(r.status)}<td>{escape(r.note)}"
         for r in rows
     )
-    return (
-        "<div class=scroll><table><thead><tr><th>mesh<th>best step time<th>memory<th>status"
-        f"<th>note</thead><tbody>{body}</tbody></table></div>"
-    )
+    return table("mesh, best step time>, memory>, status, note", body)
 
 
 def pareto(data: ReportData) -> str:
@@ -102,10 +108,7 @@ def pareto(data: ReportData) -> str:
         f"<td class=n>{quantity(p.value, p.unit)}"
         for p in data.pareto
     )
-    return (
-        "<div class=scroll><table><thead><tr><th>plan<th>step time<th>against</thead>"
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    return table("plan, step time>, against>", body)
 
 
 def checks(data: ReportData) -> str:
@@ -115,10 +118,7 @@ def checks(data: ReportData) -> str:
         f"<td class=n>{_difference(c.predicted, c.compiled)}"
         for c in data.checks
     )
-    return (
-        "<div class=scroll><table><thead><tr><th>quantity<th>predicted<th>compiled<th>difference"
-        f"</thead><tbody>{body}</tbody></table></div>"
-    )
+    return table("quantity, predicted>, compiled>, difference>", body)
 
 
 def _difference(predicted: float, compiled: float | None) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from placement.report.data import MeshAxis, PhysicalAxis, ReportData
 from placement.report.words import escape
 
-_CELL = 11
+_CELL = 13
 _MAX_COLUMNS = 32
 _MAX_ROWS = 32
 _MAX_CELLS = 1536
@@ -111,7 +111,7 @@ def _group_picture(axis: MeshAxis, data: ReportData, drawn: Window) -> str:
             colour,
             lambda position: "",
             f"one group of {axis.size} devices along {axis.name}",
-            scale=0.62,
+            scale=0.6,
         )
         + (f"</div><p class=note>one of {data.n_devices // axis.size} groups of {axis.size}</p>")
     )

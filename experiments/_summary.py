@@ -1,0 +1,112 @@
+"""A plan in words and tables for the terminal, and the same as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from typing import Any
+
+from graphs.errors import MeshwrightError
+from placement.report import words
+
+
+def mesh_words(shape: dict[str, int]) -> str:
+    used = {name: size for name, size in shape.items() if size > 1}
+    return " × ".join(f"{name} {size}" for name, size in used.items()) or "one device"
+
+
+def row_of(name: str, plan: Any, capacity_bytes: float) -> dict[str, Any]:
+    """One plan as plain numbers: what the table and the JSON file both show."""
+    estimate = plan.estimate
+    return {
+        "name": name,
+        "status": plan.status,
+        "mesh": dict(plan.mesh_shape),
+        "step_time_s": None if estimate is None else estimate.step_time_s,
+        "p10_s": getattr(estimate, "p10_s", None),
+        "p90_s": getattr(estimate, "p90_s", None),
+        "peak_memory_bytes": None if estimate is None else estimate.peak_memory_bytes,
+        "capacity_bytes": capacity_bytes,
+        "planning_time_s": plan.planning_time_s,
+    }
+
+
+def comparison_table(rows: list[dict[str, Any]]) -> Any:
+    """The first row is the plan; the rest are measured against it."""
+    from rich.table import Table
+
+    mine = rows[0]["step_time_s"]
+    table = Table(title="the plan beside every hand-tuned baseline", title_justify="left")
+    table.add_column("plan")
+    for head in ("step time", "× the plan", "memory", "of capacity"):
+        table.add_column(head, justify="right")
+    table.add_column("mesh")
+    table.add_column("status")
+    for i, row in enumerate(rows):
+        time_s, peak = row["step_time_s"], row["peak_memory_bytes"]
+        table.add_row(
+            row["name"],
+            words.seconds(time_s),
+            f"{time_s / mine:.2f}" if time_s and mine else "–",
+            words.memory(peak),
+            words.share(peak, row["capacity_bytes"]) if peak else "–",
+            mesh_words(row["mesh"]),
+            row["status"],
+            style="bold" if i == 0 else None,
+        )
+    return table
+
+
+def plan_lines(plan: Any, title: str, cluster: str, capacity_bytes: float, tokens: int | None):
+    """What a newcomer wants to read first, a line each."""
+    estimate = plan.estimate
+    yield f"{title} on {cluster}: {mesh_words(dict(plan.mesh_shape))} ({plan.status})"
+    yield (
+        f"  step time   {words.seconds(estimate.step_time_s)} predicted: "
+        f"{words.seconds(estimate.compute_time_s)} computing, "
+        f"{words.seconds(estimate.exposed_comm_time_s)} waiting for the network"
+    )
+    if tokens and estimate.step_time_s:
+        yield f"  throughput  {tokens / estimate.step_time_s:,.0f} tokens per second"
+    yield (
+        f"  memory      {words.memory(estimate.peak_memory_bytes)} of "
+        f"{words.memory(capacity_bytes)} on each device "
+        f"({words.share(estimate.peak_memory_bytes, capacity_bytes)})"
+    )
+    if plan.lower_bound_s:
+        gap = estimate.step_time_s / plan.lower_bound_s - 1
+        yield (
+            f"  optimality  no plan is faster than {words.seconds(plan.lower_bound_s)} under the "
+            f"cost model, so this one is within {100 * gap:.1f} % of the best"
+        )
+    yield (
+        f"  planning    {words.seconds(plan.planning_time_s)}, {plan.evaluations:,} plans scored"
+    )
+    for warning in plan.warnings:
+        yield f"  warning: {warning}"
+
+
+def write_json(path: str, content: Any) -> None:
+    """Writes the file whole or not at all.
+
+    Raises:
+        MeshwrightError: the folder cannot be written.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=folder, suffix=".part")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as out:
+                json.dump(content, out, indent=1)
+                out.write("\n")
+            os.replace(partial, path)
+        except BaseException:
+            os.unlink(partial)
+            raise
+    except OSError as error:
+        raise MeshwrightError(
+            f"{path!r} cannot be written ({error.strerror}); "
+            "give a path in a folder that can be written"
+        ) from error

@@ -46,6 +46,8 @@ class Problem:
     """[sum over u of S_node(u)] float64, bytes, >= 0."""
     usage_limit: float
     """bytes; np.inf for none."""
+    n_auxiliary: int = 0
+    """Trailing nodes that only express costs of three or more nodes; not decisions of their own."""
 
     @property
     def n_nodes(self) -> int:
@@ -58,3 +60,32 @@ class Problem:
     def n_strategies(self) -> np.ndarray:
         """[N] int64."""
         return np.diff(self.strategy_offsets)
+
+    def cost(self, assignment: np.ndarray) -> float:
+        """Objective of an assignment, [N] strategy indices; >= FORBIDDEN if it uses such a one."""
+        x = np.asarray(assignment, dtype=np.int64)
+        i, j = self.edge_nodes[:, 0], self.edge_nodes[:, 1]
+        cells = self.edge_offsets[:-1] + x[i] * self.n_strategies()[j] + x[j]
+        nodes = self.node_costs[self.strategy_offsets[:-1] + x]
+        return float(nodes.sum() + self.edge_costs[cells].sum())
+
+    def peak_usage(self, assignment: np.ndarray) -> float:
+        """Largest usage over all time points, bytes."""
+        x = np.asarray(assignment, dtype=np.int64)
+        value = self.usages[self.usage_offsets[:-1] + x[self.usage_nodes]]
+        live = self.usage_intervals[:, 0] < self.usage_intervals[:, 1]
+        if not live.any():
+            return 0.0
+        # At equal times ends come first, because intervals are half-open.
+        times = np.concatenate([self.usage_intervals[live, 1], self.usage_intervals[live, 0]])
+        change = np.concatenate([-value[live], value[live]])
+        order = np.argsort(times, kind="stable")
+        return float(max(np.cumsum(change[order]).max(), 0.0))
+
+    def is_feasible(self, assignment: np.ndarray) -> bool:
+        """Whether nothing forbidden is used and the usage limit holds."""
+        slack = 1e-9 * abs(self.usage_limit) if np.isfinite(self.usage_limit) else 0.0
+        return (
+            self.cost(assignment) < FORBIDDEN
+            and self.peak_usage(assignment) <= self.usage_limit + slack
+        )

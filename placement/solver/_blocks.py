@@ -1,0 +1,221 @@
+"""Large-neighbourhood local search by dynamic programming on random trees, in compiled loops.
+
+A move grows a random set of nodes whose induced subgraph is a tree, and sets all of them to the
+optimum of their tree given the rest (two passes of min-sum dynamic programming), under costs that
+carry the multipliers of the usage limits, scaled by a random factor. A move is kept if it lowers
+
+    merit = cost + penalty * sum_t max(0, usage_t - limit),
+
+so that a feasible assignment stays feasible, or, with probability exp(-rise / temperature), if it
+raises the merit a little without breaking the limit.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+_compile = numba.njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
+
+
+@_compile
+def _shift_usage(core, i, old, new, use):
+    """Move node i's usage from state old to new; returns the change of the total excess."""
+    change = 0.0
+    limit = core.limit
+    for u in range(core.use_start[i], core.use_start[i + 1]):
+        value = core.use_value[u]
+        delta = core.amounts[value + new] - core.amounts[value + old]
+        if delta == 0.0:
+            continue
+        before, after = 0.0, 0.0
+        for t in range(core.use_from[u], core.use_to[u]):
+            before += max(0.0, use[t] - limit)
+            use[t] += delta
+            after += max(0.0, use[t] - limit)
+        change += after - before
+    return change
+
+
+@_compile
+def search(
+    core,
+    x,
+    use,
+    best_x,
+    state,
+    multipliers,
+    n_moves,
+    most_scored,
+    block_size,
+    temperature,
+    penalty,
+    seed,
+):
+    """Run moves from x in place. ``state`` [4]: cost of x, its excess, best cost, its excess.
+
+    Returns the number of complete assignments scored.
+    """
+    np.random.seed(seed)
+    n = len(core.offsets) - 1
+    n_times = len(core.fixed)
+    n_cells = len(core.unary)
+    prefix = np.zeros(n_times + 1)
+    for t in range(n_times):
+        prefix[t + 1] = prefix[t] + multipliers[t]
+    mark = np.full(n, -1, dtype=np.int64)
+    block = np.empty(n, dtype=np.int64)
+    parent = np.empty(n, dtype=np.int64)
+    link = np.empty(n, dtype=np.int64)
+    chosen = np.empty(n, dtype=np.int32)
+    belief = np.empty(n_cells)
+    open_nodes = np.empty(n, dtype=np.int64)
+    n_open = 0
+    for i in range(n):
+        if core.offsets[i + 1] - core.offsets[i] > 1:
+            open_nodes[n_open] = i
+            n_open += 1
+    if n_open == 0:
+        return 0
+    scored = 0
+    for move in range(n_moves):
+        if scored >= most_scored:
+            break
+        root = open_nodes[np.random.randint(n_open)]
+        target = 1 + np.random.randint(block_size)
+        scale = 2.0 * np.random.random() if np.random.random() < 0.7 else 1.0
+        block[0] = root
+        parent[0] = -1
+        mark[root] = move
+        size, at = 1, 0
+        while at < size and size < target:
+            i = block[at]
+            start, stop = core.edge_start[i], core.edge_start[i + 1]
+            width = stop - start
+            skip = np.random.randint(width) if width > 0 else 0
+            for step in range(width):
+                d = start + (step + skip) % width
+                j = core.neighbour[d]
+                if mark[j] == move:
+                    continue
+                inside = 0
+                for f in range(core.edge_start[j], core.edge_start[j + 1]):
+                    if mark[core.neighbour[f]] == move:
+                        inside += 1
+                        if inside > 1:
+                            break
+                if inside > 1:
+                    continue
+                mark[j] = move
+                block[size] = j
+                parent[size] = i
+                link[size] = core.reverse[d]
+                size += 1
+                if size >= target:
+                    break
+            at += 1
+        # Own costs given the outside, and prices of usage.
+        for s in range(size):
+            i = block[s]
+            first = core.offsets[i]
+            k = core.offsets[i + 1] - first
+            for a in range(k):
+                belief[first + a] = core.unary[first + a]
+            for u in range(core.use_start[i], core.use_start[i + 1]):
+                price = scale * (prefix[core.use_to[u]] - prefix[core.use_from[u]])
+                if price > 0.0:
+                    value = core.use_value[u]
+                    for a in range(k):
+                        belief[first + a] += price * core.amounts[value + a]
+            for d in range(core.edge_start[i], core.edge_start[i + 1]):
+                j = core.neighbour[d]
+                if mark[j] != move:
+                    row = core.table[d] + x[j] * k
+                    for a in range(k):
+                        belief[first + a] += core.cells[row + a]
+        for s in range(size - 1, 0, -1):
+            i, p = block[s], parent[s]
+            first = core.offsets[i]
+            k = core.offsets[i + 1] - first
+            up = core.offsets[p]
+            at_cell = core.table[link[s]]
+            for b in range(core.offsets[p + 1] - up):
+                row = at_cell + b * k
+                low = np.inf
+                for a in range(k):
+                    low = min(low, belief[first + a] + core.cells[row + a])
+                belief[up + b] += low
+        for s in range(size):
+            i = block[s]
+            first = core.offsets[i]
+            k = core.offsets[i + 1] - first
+            low, arg = np.inf, 0
+            if s == 0:
+                for a in range(k):
+                    if belief[first + a] < low:
+                        low, arg = belief[first + a], a
+            else:
+                row = core.table[link[s]] + chosen[parent[s]] * k
+                for a in range(k):
+                    v = belief[first + a] + core.cells[row + a]
+                    if v < low:
+                        low, arg = v, a
+            chosen[i] = arg
+        # True change of cost; an edge inside the block is a tree edge and is counted at its child.
+        rise = 0.0
+        changed = 0
+        for s in range(size):
+            i = block[s]
+            new, old = chosen[i], x[i]
+            first = core.offsets[i]
+            k = core.offsets[i + 1] - first
+            if new != old:
+                changed += 1
+                rise += core.unary[first + new] - core.unary[first + old]
+                for d in range(core.edge_start[i], core.edge_start[i + 1]):
+                    j = core.neighbour[d]
+                    if mark[j] != move:
+                        row = core.table[d] + x[j] * k
+                        rise += core.cells[row + new] - core.cells[row + old]
+            if s > 0:
+                p = parent[s]
+                if new != old or chosen[p] != x[p]:
+                    cell = core.table[link[s]]
+                    rise += core.cells[cell + chosen[p] * k + new]
+                    rise -= core.cells[cell + x[p] * k + old]
+        if changed == 0:
+            continue
+        scored += 1
+        allowance = 0.0
+        if temperature > 0.0:
+            allowance = -temperature * np.log(np.random.random() + 1e-300)
+        if state[1] <= 0.0 and rise > allowance:
+            continue
+        excess = 0.0
+        for s in range(size):
+            i = block[s]
+            if chosen[i] != x[i]:
+                excess += _shift_usage(core, i, x[i], chosen[i], use)
+        left = state[1] + excess
+        if left <= 1e-9 * core.limit:
+            left = 0.0
+        merit = rise + penalty * (left - state[1])
+        keep = merit <= allowance and (left == 0.0 or state[1] > 0.0)
+        if state[1] > 0.0 and left == 0.0:
+            keep = True
+        if keep:
+            state[0] += rise
+            state[1] = left
+            for s in range(size):
+                x[block[s]] = chosen[block[s]]
+            if (left == 0.0 and (state[3] > 0.0 or state[0] < state[2])) or (
+                left > 0.0 and state[3] > left
+            ):
+                state[2], state[3] = state[0], left
+                best_x[:] = x
+        else:
+            for s in range(size):
+                i = block[s]
+                if chosen[i] != x[i]:
+                    _shift_usage(core, i, chosen[i], x[i], use)
+    return scored

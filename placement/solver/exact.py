@@ -1,0 +1,151 @@
+"""The exact optimum of small table problems, as a mixed-integer program for HiGHS.
+
+Binary z[i, a] chooses strategies; for each edge, continuous y[a, b] >= 0 with row sums z[i, a] and
+column sums z[j, b] (the local marginal polytope), which is integral once z is. One row per maximal
+time point bounds usage. The form of Alpa's program (Zheng et al., OSDI 2022, section 4.2).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+
+from cost_model.problem import Problem
+from graphs.errors import InfeasibleError, MeshwrightError
+from placement.solver.core import Core, reduce
+from placement.solver.solution import Solution
+
+_MOST_CELLS = 3_000_000
+
+
+def exact(problem: Problem, *, time_limit_s: float = 60.0) -> Solution:
+    """Optimum by branch and cut; status 'optimal' only where HiGHS proved it."""
+    import highspy
+
+    start = time.monotonic()
+    try:
+        reduced = reduce(problem)
+    except InfeasibleError:
+        return _nothing(problem, start, "infeasible")
+    core = reduced.core
+    if len(core.cells) // 2 > _MOST_CELLS:
+        raise MeshwrightError(
+            f"{problem.name!r} has {len(core.cells) // 2} edge costs, more than the exact "
+            f"solver's {_MOST_CELLS}; use optimizer=search"
+        )
+    model, n_choices, scale = _model(core, reduced.forbidden)
+    highs = highspy.Highs()
+    highs.setOptionValue("output_flag", False)
+    highs.setOptionValue("threads", 1)
+    highs.setOptionValue("mip_rel_gap", 0.0)
+    highs.setOptionValue("time_limit", max(time_limit_s - (time.monotonic() - start), 0.01))
+    highs.passModel(model)
+    highs.run()
+    status = highs.getModelStatus()
+    if status == highspy.HighsModelStatus.kInfeasible:
+        return _nothing(problem, start, "infeasible")
+    values = np.array(highs.getSolution().col_value)
+    info = highs.getInfo()
+    lower = info.mip_dual_bound * scale if math.isfinite(info.mip_dual_bound) else -math.inf
+    if len(values) < n_choices or info.primal_solution_status != 2:
+        return _nothing(problem, start, "unknown", lower)
+    x = np.array(
+        [int(values[a:b].argmax()) for a, b in zip(core.offsets[:-1], core.offsets[1:])],
+        dtype=np.int32,
+    )
+    assignment = reduced.lift(x)
+    cost = problem.cost(assignment)
+    proved = status == highspy.HighsModelStatus.kOptimal
+    return Solution(
+        assignment=assignment,
+        cost=cost,
+        lower_bound=min(lower, cost),
+        feasible=problem.is_feasible(assignment),
+        evaluations=max(int(info.mip_node_count), 1),
+        elapsed_s=time.monotonic() - start,
+        status="optimal" if proved else "feasible",
+    )
+
+
+def _model(core: Core, forbidden: float):
+    import highspy
+    from scipy import sparse
+
+    n_choices = len(core.unary)
+    rows, cols, vals, lower, upper = [], [], [], [], []
+    objective = [core.unary]
+    n_rows, n_cols = 0, n_choices
+    upper_bounds = [np.ones(n_choices)]
+
+    def add(row, col, val, low, up):
+        rows.append(row), cols.append(col), vals.append(val), lower.append(low), upper.append(up)
+
+    n = len(core.offsets) - 1
+    k = np.diff(core.offsets)
+    add(
+        np.repeat(np.arange(n), k), np.arange(n_choices), np.ones(n_choices), np.ones(n), np.ones(n)
+    )
+    n_rows = n
+    for i in range(n):
+        for d in range(core.edge_start[i], core.edge_start[i + 1]):
+            j = int(core.neighbour[d])
+            if j < i:
+                continue
+            ki, kj = int(k[i]), int(k[j])
+            table = core.cells[core.table[d] : core.table[d] + ki * kj]
+            y = n_cols + np.arange(ki * kj)
+            n_cols += ki * kj
+            objective.append(np.where(table < forbidden, table, 0.0))
+            upper_bounds.append(np.where(table < forbidden, 1.0, 0.0))
+            b, a = np.divmod(np.arange(ki * kj), ki)
+            zero_i, zero_j = np.zeros(ki), np.zeros(kj)
+            add(n_rows + a, y, np.ones(ki * kj), zero_i, zero_i)
+            add(n_rows + np.arange(ki), core.offsets[i] + np.arange(ki), -np.ones(ki), [], [])
+            n_rows += ki
+            add(n_rows + b, y, np.ones(ki * kj), zero_j, zero_j)
+            add(n_rows + np.arange(kj), core.offsets[j] + np.arange(kj), -np.ones(kj), [], [])
+            n_rows += kj
+    n_times = len(core.fixed)
+    owner = np.repeat(np.arange(n), np.diff(core.use_start))
+    for u, i in enumerate(owner):
+        span = np.arange(core.use_from[u], core.use_to[u])
+        amount = core.amounts[core.use_value[u] : core.use_value[u] + k[i]]
+        row, col = np.meshgrid(span, np.arange(k[i]), indexing="ij")
+        value = np.broadcast_to(amount / core.limit, row.shape)
+        add(n_rows + row.ravel(), core.offsets[i] + col.ravel(), value.ravel(), [], [])
+    if n_times:
+        lower.append(np.full(n_times, -np.inf))
+        upper.append(1.0 - core.fixed / core.limit)
+        n_rows += n_times
+    cost = np.concatenate(objective)
+    scale = max(float(np.abs(cost).max()), 1e-300) / 1e3
+    matrix = sparse.coo_matrix(
+        (np.concatenate(vals), (np.concatenate(rows), np.concatenate(cols))), (n_rows, n_cols)
+    ).tocsc()
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = n_cols, n_rows
+    lp.col_cost_ = cost / scale
+    lp.col_lower_, lp.col_upper_ = np.zeros(n_cols), np.concatenate(upper_bounds)
+    lp.row_lower_, lp.row_upper_ = np.concatenate(lower), np.concatenate(upper)
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+    lp.a_matrix_.start_, lp.a_matrix_.index_ = matrix.indptr, matrix.indices
+    lp.a_matrix_.value_ = matrix.data
+    lp.integrality_ = [
+        highspy.HighsVarType.kInteger if c < n_choices else highspy.HighsVarType.kContinuous
+        for c in range(n_cols)
+    ]
+    return lp, n_choices, scale
+
+
+def _nothing(problem: Problem, start: float, status: str, lower: float = math.inf) -> Solution:
+    return Solution(
+        assignment=np.zeros(problem.n_nodes, dtype=np.int32),
+        cost=math.inf,
+        lower_bound=lower,
+        feasible=False,
+        evaluations=0,
+        elapsed_s=time.monotonic() - start,
+        status=status,
+    )

@@ -1,0 +1,163 @@
+"""The engine against enumeration, the exact solver, and the properties of bounds and limits."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cost_model.problem import FORBIDDEN, Problem
+from placement import solver
+
+
+def random_problem(
+    seed: int, n_nodes: int, most: int, density: float, tightness: float | None, forbid: float = 0.0
+) -> Problem:
+    """Integer costs; tightness 0 puts the limit at the least possible peak, 1 at the greatest."""
+    rng = np.random.default_rng(seed)
+    k = rng.integers(1, most + 1, n_nodes)
+    pairs = [(i, j) for i, j in itertools.combinations(range(n_nodes), 2) if rng.random() < density]
+    tables = []
+    for i, j in pairs:
+        table = rng.integers(0, 50, (k[i], k[j])).astype(float)
+        table[rng.random(table.shape) < forbid] = FORBIDDEN
+        tables.append(table.ravel())
+    usage_nodes = np.concatenate([np.arange(n_nodes), rng.integers(0, n_nodes, 2)])
+    starts = rng.integers(0, 2 * n_nodes, len(usage_nodes))
+    ends = starts + rng.integers(0, n_nodes, len(usage_nodes))
+    usages = [rng.integers(0, 100, k[i]).astype(float) for i in usage_nodes]
+    limit = np.inf
+    if tightness is not None:
+        low, high = 0.0, 0.0
+        for t in range(4 * n_nodes):
+            live = [u for u in range(len(usages)) if starts[u] <= t < ends[u]]
+            low = max(low, sum(usages[u].min() for u in live))
+            high = max(high, sum(usages[u].max() for u in live))
+        limit = low + tightness * (high - low)
+    return Problem(
+        name=f"random{seed}",
+        strategy_offsets=np.concatenate([[0], np.cumsum(k)]).astype(np.int64),
+        node_costs=rng.integers(0, 50, k.sum()).astype(float),
+        edge_nodes=np.array(pairs, dtype=np.int32).reshape(-1, 2),
+        edge_offsets=np.concatenate([[0], np.cumsum([len(t) for t in tables])]).astype(np.int64),
+        edge_costs=np.concatenate([*tables, np.zeros(0)]),
+        usage_nodes=usage_nodes.astype(np.int32),
+        usage_intervals=np.stack([starts, ends], axis=1).astype(np.int64),
+        usage_offsets=np.concatenate([[0], np.cumsum([len(u) for u in usages])]).astype(np.int64),
+        usages=np.concatenate(usages),
+        usage_limit=limit,
+    )
+
+
+def enumerate_optimum(problem: Problem) -> float:
+    """inf if nothing is feasible; usage recomputed here time point by time point."""
+    best = np.inf
+    last = int(problem.usage_intervals.max(initial=0))
+    for x in itertools.product(*(range(n) for n in problem.n_strategies())):
+        cost = problem.cost(np.array(x))
+        if cost >= min(best, FORBIDDEN):
+            continue
+        usage = np.zeros(last + 1)
+        for u, i in enumerate(problem.usage_nodes):
+            start, end = problem.usage_intervals[u]
+            usage[start:end] += problem.usages[problem.usage_offsets[u] + x[i]]
+        if usage.max() <= problem.usage_limit:
+            best = cost
+    return best
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    n_nodes=st.integers(1, 7),
+    density=st.sampled_from([0.2, 0.5, 1.0]),
+    tightness=st.sampled_from([None, 0.0, 0.2, 0.5]),
+    forbid=st.sampled_from([0.0, 0.3]),
+)
+def test_small_problems_match_enumeration(seed, n_nodes, density, tightness, forbid):
+    problem = random_problem(seed, n_nodes, 4, density, tightness, forbid)
+    optimum = enumerate_optimum(problem)
+    found = solver.solve(problem, time_limit_s=2.0, seed=seed)
+    if np.isinf(optimum):
+        assert not found.feasible
+        return
+    assert found.feasible
+    assert problem.is_feasible(found.assignment)
+    assert found.cost == problem.cost(found.assignment)
+    assert found.lower_bound <= optimum + 1e-6
+    assert optimum <= found.cost <= optimum * 1.02 + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_exact_matches_enumeration(seed):
+    problem = random_problem(seed, 6, 3, 0.6, 0.2, 0.2)
+    optimum = enumerate_optimum(problem)
+    found = solver.exact(problem, time_limit_s=20.0)
+    assert found.feasible == np.isfinite(optimum)
+    if found.feasible:
+        assert found.cost == optimum
+        assert found.status == "optimal"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_engine_is_close_to_exact_and_bound_holds(seed):
+    problem = random_problem(seed, 40, 6, 0.06, 0.25)
+    exact = solver.exact(problem, time_limit_s=20.0)
+    found = solver.solve(problem, time_limit_s=1.0, seed=seed)
+    assert exact.status == "optimal"
+    assert found.lower_bound <= exact.cost * (1 + 1e-9)
+    assert exact.cost <= found.cost <= exact.cost * 1.02
+
+
+def test_trees_without_limit_are_closed_exactly():
+    rng = np.random.default_rng(0)
+    problem = random_problem(3, 30, 8, 0.0, None)
+    pairs = [(int(rng.integers(0, i)), i) for i in range(1, 30)]
+    k = problem.n_strategies()
+    tables = [rng.integers(0, 50, k[i] * k[j]).astype(float) for i, j in pairs]
+    problem = Problem(
+        **{
+            **{f: getattr(problem, f) for f in problem.__dataclass_fields__},
+            "edge_nodes": np.array(pairs, np.int32),
+            "edge_offsets": np.concatenate([[0], np.cumsum([len(t) for t in tables])]),
+            "edge_costs": np.concatenate(tables),
+        }
+    )
+    found = solver.solve(problem, time_limit_s=2.0)
+    assert found.status == "optimal"
+    assert found.gap < 1e-6
+
+
+def test_same_seed_and_evaluations_give_the_same_answer():
+    problem = random_problem(11, 60, 6, 0.08, 0.15)
+    runs = [
+        solver.solve(problem, time_limit_s=30.0, seed=5, max_evaluations=5000) for _ in range(2)
+    ]
+    np.testing.assert_array_equal(runs[0].assignment, runs[1].assignment)
+    assert runs[0].evaluations <= 5000
+
+
+def test_initial_is_never_made_worse():
+    problem = random_problem(12, 60, 6, 0.08, 0.15)
+    good = solver.solve(problem, time_limit_s=1.0, seed=1)
+    again = solver.solve(problem, time_limit_s=0.2, seed=2, initial=good.assignment)
+    assert again.feasible
+    assert again.cost <= good.cost
+
+
+def test_a_looser_limit_never_raises_the_bound_above_a_feasible_cost():
+    costs = []
+    for tightness in (0.05, 0.3, 1.0):
+        problem = random_problem(13, 40, 5, 0.08, tightness)
+        costs.append(solver.solve(problem, time_limit_s=1.0))
+    assert costs[1].lower_bound <= costs[0].cost + 1e-9
+    assert costs[2].lower_bound <= costs[1].cost + 1e-9
+
+
+def test_impossible_limit_is_infeasible():
+    problem = random_problem(14, 10, 3, 0.3, 0.0)
+    fields = {f: getattr(problem, f) for f in problem.__dataclass_fields__}
+    found = solver.solve(Problem(**{**fields, "usage_limit": 1.0}), time_limit_s=1.0)
+    assert not found.feasible
+    assert found.status == "infeasible"

@@ -203,8 +203,8 @@ def _gpu(device: Device, notation: str, n_slices: int, shape: tuple[int, ...]) -
     if per_node > device.domain_size:
         raise MeshwrightError(
             f"cluster {notation!r} has {per_node} GPUs on one NVLink domain and {device.name} "
-            f"has at most {device.domain_size}; write for example {device.name}:{device.domain_size}x"
-            f"{max(1, per_node * nodes // device.domain_size)}"
+            f"has at most {device.domain_size}; write for example "
+            f"{device.name}:{device.domain_size}x{max(1, per_node * nodes // device.domain_size)}"
         )
     axes = []
     if nodes > 1:

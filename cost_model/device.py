@@ -56,9 +56,9 @@ class Device:
     """name under which the compiler knows the part (``v4`` for ``v4_megacore``)."""
     jax_devices_per_chip: int
     """JAX devices listed for one chip, >= 1."""
-    peak_flops_per_s: dict[str, float] = dataclasses.field(hash=False)
+    peak_flops_per_s: dict[str, float]
     """dense matrix peak by number type: bfloat16, float32, int8, float8 (absent if not native)."""
-    achievable_flops_per_s: dict[str, float] = dataclasses.field(hash=False)
+    achievable_flops_per_s: dict[str, float]
     """best measured matrix rate by number type; empty where not published."""
     vector_flops_per_s: float
     """element-wise peak, float32."""
@@ -105,11 +105,14 @@ class Device:
     mean_power_w: float | None
     max_power_w: float | None
     price_usd_per_h: float | None
-    sources: dict[str, str] = dataclasses.field(hash=False, repr=False)
+    sources: dict[str, str] = dataclasses.field(repr=False)
     """source of every number, by key (``peak_flops_per_s.bfloat16`` for nested ones)."""
 
     def __post_init__(self) -> None:
         self.validate()
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     def validate(self) -> None:
         if self.family not in ("tpu", "gpu", "cpu"):
@@ -146,7 +149,7 @@ def device_names() -> tuple[str, ...]:
 
 @functools.cache
 def load_device(name: str) -> Device:
-    """The device of this name. Raises MeshwrightError for an unknown name or an unsourced number."""
+    """The device of this name. Raises MeshwrightError if unknown or if a number lacks a source."""
     if name not in device_names():
         raise MeshwrightError(f"unknown device {name!r}; use one of {', '.join(device_names())}")
     path = importlib.resources.files("cost_model") / "devices" / f"{name}.yaml"

@@ -65,7 +65,8 @@ class MeshLayout:
         sizes = tuple(math.prod(f.size for f in fs) for fs in self.placement)
         if sizes != self.mesh.axis_sizes:
             raise ValueError(
-                f"placement has axis sizes {sizes} and the mesh {self.mesh.axis_sizes}; they must agree"
+                f"placement has axis sizes {sizes} and the mesh {self.mesh.axis_sizes}; "
+                "they must agree"
             )
         for a, axis in enumerate(self.cluster.physical_axes):
             parts = [f.size for fs in self.placement for f in fs if f.axis == a]
@@ -149,7 +150,7 @@ def device_order(layout: MeshLayout) -> np.ndarray:
     """Device indices in the shape of the mesh.
 
     The index is ``core + cores * (x + X * (y + Y * (z + Z * slice)))`` for TPUs (the device id of
-    a one-slice topology), ``node * gpus_per_node + gpu`` for GPUs, the number of the device for cpu.
+    a one-slice topology), ``node * gpus_per_node + gpu`` for GPUs, the device number for cpu.
     """
     axes = layout.cluster.physical_axes
     torus = layout.cluster.device.family == "tpu"

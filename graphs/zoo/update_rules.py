@@ -1,0 +1,54 @@
+"""The optimizers of the zoo's train steps: optax, with clipping and a narrow state."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from graphs.errors import MeshwrightError
+
+OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
+
+
+def update_rule(
+    name: str, *, learning_rate: float, clip_norm: float | None, state_dtype: str
+) -> optax.GradientTransformation:
+    """Gradient transformation over a tree of float32 parameters."""
+    if name == "adamw":
+        rule = optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=0.1)
+    elif name == "adafactor":
+        rule = optax.adafactor(learning_rate)
+    elif name == "lion":
+        rule = optax.lion(learning_rate)
+    elif name == "sgd":
+        rule = optax.sgd(learning_rate, momentum=0.9)
+    else:
+        raise MeshwrightError(
+            f"optimizer {name!r} is unknown; choose one of {', '.join(OPTIMIZERS)}"
+        )
+    if jnp.dtype(state_dtype) != jnp.float32:
+        rule = _stored_as(rule, jnp.dtype(state_dtype))
+    if clip_norm is not None:
+        rule = optax.chain(optax.clip_by_global_norm(clip_norm), rule)
+    return rule
+
+
+def _stored_as(
+    rule: optax.GradientTransformation, dtype: jnp.dtype
+) -> optax.GradientTransformation:
+    """The same rule with its floating-point state kept in another type between steps."""
+
+    def cast(state, to: jnp.dtype):
+        return jax.tree.map(
+            lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
+        )
+
+    def init(params):
+        return cast(rule.init(params), dtype)
+
+    def update(updates, state, params=None):
+        updates, state = rule.update(updates, cast(state, jnp.dtype(jnp.float32)), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)

@@ -14,16 +14,7 @@ from graphs.zoo.layers import FeedForward, Norm, new_weight, weight
 from graphs.zoo.moe import ExpertFeedForward
 from graphs.zoo.options import RunOptions
 from graphs.zoo.positions import Rotary, rotary_tables
-
-
-def checkpoint(body, options: RunOptions):
-    """The layer under the remat policy; `attention` checkpoints inside the layer instead."""
-    if options.remat in ("none", "attention"):
-        return body
-    policy = None
-    if options.remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(body, policy=policy, prevent_cse=not options.scan)
+from graphs.zoo.stack import LayerStack, run_layer
 
 
 class Layer(nnx.Module):
@@ -81,58 +72,23 @@ class Period(nnx.Module):
 
     def __call__(self, x: jax.Array, rotary: Rotary | None) -> jax.Array:
         for i in range(self.n_layers):
-            x = run_layer(getattr(self, f"layer_{i}"), x, rotary, self.options)
+            x = run_layer(getattr(self, f"layer_{i}"), self.options, x, rotary)
         return x
 
 
-def run_layer(layer: nnx.Module, x: jax.Array, *args) -> jax.Array:
-    """One layer under its remat policy; its weights are saved as they are, not as copies."""
-    *args, options = args
-    graphdef, state = nnx.split(layer)
+def layer_stack(
+    config: ModelConfig, options: RunOptions, segment: Segment, *, rngs: nnx.Rngs
+) -> LayerStack:
+    """The layers of a segment."""
 
-    def body(params, x):
-        return nnx.merge(graphdef, params)(x, *args)
+    def create(rngs: nnx.Rngs) -> nnx.Module:
+        if len(segment.kinds) == 1:
+            return Layer(config, options, segment.kinds[0], rngs=rngs)
+        return Period(config, options, segment.kinds, rngs=rngs)
 
-    return checkpoint(body, options)(state, x)
-
-
-class Stack(nnx.Module):
-    """The layers of a segment with stacked weights [repeats, ...], or one attribute for each."""
-
-    def __init__(
-        self, config: ModelConfig, options: RunOptions, segment: Segment, *, rngs: nnx.Rngs
-    ) -> None:
-        self.options, self.segment = options, segment
-
-        def create(rngs: nnx.Rngs) -> nnx.Module:
-            if len(segment.kinds) == 1:
-                return Layer(config, options, segment.kinds[0], rngs=rngs)
-            return Period(config, options, segment.kinds, rngs=rngs)
-
-        if options.scan and segment.repeats > 1:
-            stacked = nnx.vmap(create, in_axes=0, out_axes=0)
-            self.layer = nnx.split_rngs(splits=segment.repeats)(stacked)(rngs)
-        else:
-            for i in range(segment.repeats):
-                setattr(self, f"layer_{i:03d}", create(rngs))
-
-    def __call__(self, x: jax.Array, rotary: Rotary | None) -> jax.Array:
-        one_kind = len(self.segment.kinds) == 1
-        if not (self.options.scan and self.segment.repeats > 1):
-            for i in range(self.segment.repeats):
-                layer = getattr(self, f"layer_{i:03d}")
-                if one_kind:
-                    x = run_layer(layer, x, rotary, self.options)
-                else:
-                    x = layer(x, rotary)
-            return x
-        graphdef, state = nnx.split(self.layer)
-
-        def body(x, params):
-            return nnx.merge(graphdef, params)(x, rotary), None
-
-        body = checkpoint(body, self.options) if one_kind else body
-        return jax.lax.scan(body, x, state)[0]
+    return LayerStack(
+        create, segment.repeats, options, rematerialise=len(segment.kinds) == 1, rngs=rngs
+    )
 
 
 class Decoder(nnx.Module):
@@ -147,7 +103,7 @@ class Decoder(nnx.Module):
         if config.embedding_norm:
             self.embedding_norm = Norm(d_model, config.norm)
         for segment in config.segments():
-            setattr(self, segment.name, Stack(config, options, segment, rngs=rngs))
+            setattr(self, segment.name, layer_stack(config, options, segment, rngs=rngs))
         self.final_norm = Norm(d_model, config.norm)
         if not config.tied_embeddings:
             self.head = new_weight(rngs, (d_model, vocab), d_model)

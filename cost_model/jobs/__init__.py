@@ -1,0 +1,1 @@
+"""Whole training jobs: columns of jobs, their step time, memory, and fitted constants."""

@@ -1,0 +1,236 @@
+"""Seconds of the parts of one transformer layer, forward, backward and recomputed, on J devices.
+
+t tokens of one microbatch are on a device. Matmuls: qkv (D -> (H + 2 K) h / tp), out, up, down, the
+experts' grouped matmuls. Attention core: 4 t s H h flops forward, half of it causal; with scores
+kept on chip (arXiv:2307.08691) the backward pass recomputes them, 2.5 times the forward flops; with
+scores in memory (before 2022) each score element is moved by softmax, mask and dropout kernels,
+13 bytes forward and 19 backward (arXiv:2205.05198, section 4, counts the same tensors).
+Pointwise: norms, residuals, activations and rotary embeddings at two bytes an element.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from cost_model.jobs.columns import Jobs
+from cost_model.jobs.constants import Constants
+from cost_model.jobs.matmul import linear_s, matmul_s
+
+SCORE_BYTES_FORWARD = 13.0
+SCORE_BYTES_BACKWARD = 19.0
+FLASH_BACKWARD = 2.5
+LOGIT_BYTES = 26.0
+"""bytes moved per logit: written in bf16, cast to fp32, reduced, exponentiated, its gradient."""
+# kernels of a layer: fused by a compiler, or one by one; an expert layer adds routing kernels
+_KERNELS_COMPILED, _KERNELS_EAGER, _KERNELS_EXPERT = 14.0, 26.0, 24.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """Seconds [J] of a part of a layer for one microbatch."""
+
+    forward: np.ndarray
+    backward: np.ndarray
+    redone: np.ndarray
+    """forward work done again in the backward pass."""
+
+    def __add__(self, other: Part) -> Part:
+        return Part(
+            forward=self.forward + other.forward,
+            backward=self.backward + other.backward,
+            redone=self.redone + other.redone,
+        )
+
+    def __mul__(self, count: np.ndarray | float) -> Part:
+        return Part(
+            forward=self.forward * count,
+            backward=self.backward * count,
+            redone=self.redone * count,
+        )
+
+    @property
+    def total(self) -> np.ndarray:
+        return self.forward + self.backward + self.redone
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a device sustains, [J] each."""
+
+    matmul: np.ndarray
+    """flops/s of wide matmuls in the job's matmul type."""
+    matmul16: np.ndarray
+    """flops/s of wide matmuls in bf16."""
+    hbm: np.ndarray
+    """bytes/s."""
+
+
+def rates(jobs: Jobs, constants: Constants) -> Rates:
+    """Sustained rates of each job's device."""
+    d = jobs.device
+    wide = d.matmul_flops_per_s * constants.of("matmul_share", d.family)
+    low = jobs.matmul_bytes < 2
+    gain = d.low_precision_gain * np.where(jobs.matmul_bytes < 1, 2.0, 1.0)
+    kept = 1 + (gain - 1) * constants.of("low_precision_share", d.family)
+    return Rates(
+        matmul=np.where(low, wide * kept, wide),
+        matmul16=wide,
+        hbm=d.hbm_bytes_per_s * constants.of("hbm_share", d.family),
+    )
+
+
+def tokens(jobs: Jobs) -> np.ndarray:
+    """[J] tokens of one microbatch on a device, before any sharding over tp."""
+    return jobs.micro_batch * jobs.seq_len / jobs.cp
+
+
+def _how(jobs: Jobs, rate: Rates, constants: Constants, *, low: bool) -> dict[str, np.ndarray]:
+    return {
+        "flops_per_s": rate.matmul if low else rate.matmul16,
+        "hbm_bytes_per_s": rate.hbm,
+        "sm_count": jobs.device.sm_count,
+        "array_width": jobs.device.array_width,
+        "fill_k": constants.of("fill_k", jobs.device.family),
+        "element_bytes": jobs.matmul_bytes if low else np.full(jobs.n_jobs, 2.0),
+    }
+
+
+def _linear(t, n, k, how, redo) -> Part:
+    forward, backward = linear_s(t, n, k, **how)
+    return Part(forward=forward, backward=backward, redone=forward * redo)
+
+
+def projections(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
+    """Query, key, value and output projections, latent attention's where it is used."""
+    how = _how(jobs, rate, constants, low=True)
+    t, d, tp = tokens(jobs), jobs.d_model, jobs.tp
+    keys = np.maximum(jobs.n_kv_heads / tp, np.minimum(jobs.n_kv_heads, 1.0))
+    width = (jobs.n_heads / tp) * jobs.head_dim + keys * (jobs.head_dim + jobs.v_head_dim)
+    plain = _linear(t, width, d, how, jobs.remat_qkv)
+    out = _linear(t, d, jobs.n_heads * jobs.v_head_dim / tp, how, jobs.remat_out)
+    latent = jobs.kv_lora_rank > 0
+    if not latent.any():
+        return plain + out
+    q_rank = np.maximum(jobs.q_lora_rank, 1.0)
+    kv_rank = np.maximum(jobs.kv_lora_rank, 1.0)
+    nope = jobs.head_dim - jobs.qk_rope_dim
+    low_rank = (
+        _linear(t, q_rank, d, how, jobs.remat_qkv)
+        + _linear(t, jobs.n_heads * jobs.head_dim / tp, q_rank, how, jobs.remat_qkv)
+        + _linear(t, kv_rank + jobs.qk_rope_dim, d, how, jobs.remat_qkv)
+        + _linear(t, jobs.n_heads * (nope + jobs.v_head_dim) / tp, kv_rank, how, jobs.remat_qkv)
+    )
+    return _choose(latent, low_rank, plain) + out
+
+
+def core(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
+    """softmax(Q K^T) V of the heads and the part of the sequence that a device holds."""
+    heads = jobs.n_heads / jobs.tp
+    s = jobs.seq_len
+    window = np.where(jobs.window > 0, np.minimum(jobs.window, s), s)
+    seen_window = window - window * window / (2 * s)
+    seen = jobs.window_share * seen_window + (1 - jobs.window_share) * s / 2
+    width = jobs.head_dim + jobs.v_head_dim
+    flops = 2.0 * tokens(jobs) * seen * heads * width
+    share = constants.of("attention_share", jobs.device.family)
+    # a head narrower than the matmul tile wastes part of it; a short sequence does not fill it
+    share = share * jobs.head_dim / (jobs.head_dim + 32.0) * 1.25 * s / (s + 512.0)
+    fused = flops / (rate.matmul16 * share)
+    flash = Part(forward=fused, backward=fused * FLASH_BACKWARD, redone=fused * jobs.remat_core)
+    if jobs.fused_attention.all():
+        return flash
+    how = _how(jobs, rate, constants, low=False)
+    count = jobs.micro_batch * heads / jobs.cp
+    scores = matmul_s(s, s, jobs.head_dim, batch=count, **how)
+    values = matmul_s(s, jobs.v_head_dim, s, batch=count, **how)
+    traffic = count * s * s / rate.hbm
+    forward = scores + values + SCORE_BYTES_FORWARD * traffic
+    backward = 2 * (scores + values) + SCORE_BYTES_BACKWARD * traffic
+    stored = Part(forward=forward, backward=backward, redone=forward * jobs.remat_core)
+    return _choose(jobs.fused_attention > 0, flash, stored)
+
+
+def dense_mlp(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
+    how = _how(jobs, rate, constants, low=True)
+    t, d, f = tokens(jobs), jobs.d_model, jobs.d_ff / jobs.tp
+    return _linear(t, jobs.n_up * f, d, how, jobs.remat_up) + _linear(t, d, f, how, jobs.remat_down)
+
+
+def expert_mlp(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
+    """Grouped matmuls of the experts on a device, the shared experts, routing of the tokens.
+
+    Balanced routing: each expert of an expert-parallel group sees the group's tokens times the
+    experts per token over the number of experts.
+    """
+    how = _how(jobs, rate, constants, low=True)
+    t, d, f = tokens(jobs) / jobs.tp, jobs.d_model, jobs.moe_d_ff
+    experts = np.maximum(jobs.n_experts, 1.0)
+    here = np.maximum(experts / jobs.ep, 1.0)
+    rows = t * np.maximum(jobs.experts_per_token, 1.0) * jobs.ep / experts
+    grouped = {**how, "flops_per_s": rate.matmul * constants.of("expert_share", jobs.device.family)}
+    routed = _grouped(rows, jobs.n_up * f, d, here, grouped, jobs.remat_up) + _grouped(
+        rows, d, f, here, grouped, jobs.remat_down
+    )
+    shared_width = jobs.shared_experts * f
+    shared = _linear(t, jobs.n_up * np.maximum(shared_width, 1.0), d, how, jobs.remat_up) + _linear(
+        t, d, np.maximum(shared_width, 1.0), how, jobs.remat_down
+    )
+    copies = t * jobs.experts_per_token * d * 2.0
+    moved = constants.of("routing_traffic", jobs.device.family) * copies * 6.0 / rate.hbm
+    routing = Part(forward=moved, backward=moved, redone=moved * jobs.remat_pointwise * 0.5)
+    activation = t * jobs.experts_per_token * (jobs.n_up + 1) * f * 2.0 / rate.hbm
+    pointwise = Part(
+        forward=activation, backward=2 * activation, redone=activation * jobs.remat_pointwise
+    )
+    return routed + shared * np.minimum(shared_width, 1.0) + routing + pointwise
+
+
+def pointwise(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
+    """Norms, residuals, rotary embedding, dense activation; bytes over the memory bandwidth."""
+    t = tokens(jobs)
+    spread = np.where(jobs.sp > 0, jobs.tp, 1.0)
+    norms = 20.0 * t * jobs.d_model / spread
+    rotary = 4.0 * t * (jobs.n_heads + jobs.n_kv_heads) * jobs.head_dim / jobs.tp
+    dense_share = 1 - jobs.n_moe_layers / jobs.n_layers
+    active = 2.0 * (jobs.n_up + 1) * t * jobs.d_ff / jobs.tp * dense_share
+    # quantising a matmul's operands: read two bytes, write one, once or along both directions
+    low = np.where(jobs.matmul_bytes < 2, 3.0 + 1.0 * jobs.scaled_blocks, 0.0)
+    casts = low * t * (2 * jobs.d_model + (jobs.d_ff * dense_share) / jobs.tp)
+    eager = constants.of("eager_traffic", jobs.device.family)
+    factor = np.where(jobs.compiled > 0, 1.0, eager)
+    forward = ((norms + rotary + active) * factor + casts) / rate.hbm
+    kernels = np.where(jobs.compiled > 0, _KERNELS_COMPILED, _KERNELS_EAGER)
+    kernels = kernels + np.where(
+        jobs.n_experts > 0, _KERNELS_EXPERT * jobs.n_moe_layers / jobs.n_layers, 0.0
+    )
+    gap = constants.of("kernel_gap_s", jobs.device.family) * np.where(
+        jobs.cuda_graphs > 0, 0.25, 1.0
+    )
+    forward = forward + kernels * gap
+    return Part(forward=forward, backward=2 * forward, redone=forward * jobs.remat_pointwise)
+
+
+def head(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
+    """Final projection and cross-entropy on the last stage."""
+    how = _how(jobs, rate, constants, low=False)
+    t = tokens(jobs)
+    logits = _linear(t, jobs.vocab / jobs.tp, jobs.d_model, how, 0.0)
+    moved = LOGIT_BYTES * t * jobs.vocab / jobs.tp / rate.hbm
+    return logits + Part(forward=0.5 * moved, backward=0.5 * moved, redone=np.zeros_like(moved))
+
+
+def _grouped(rows, n, k, count, how, redo) -> Part:
+    """`count` matmuls side by side: tiles of one expert, rounds shared by all."""
+    forward = matmul_s(rows, n, k, batch=count, **how)
+    backward = matmul_s(rows, k, n, batch=count, **how) + matmul_s(k, n, rows, batch=count, **how)
+    return Part(forward=forward, backward=backward, redone=forward * redo)
+
+
+def _choose(where: np.ndarray, yes: Part, no: Part) -> Part:
+    return Part(
+        forward=np.where(where, yes.forward, no.forward),
+        backward=np.where(where, yes.backward, no.backward),
+        redone=np.where(where, yes.redone, no.redone),
+    )

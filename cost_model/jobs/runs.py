@@ -1,0 +1,412 @@
+"""Published training runs from a CSV file, as jobs and measured step times.
+
+One row is one run; the columns are those of ``cost_model/data/measured_runs.csv``. A cell that the
+source leaves empty is filled from the model zoo or from arithmetic on other cells where that is
+possible; otherwise the row carries the reason why it cannot be predicted. A cell that cannot be
+right (text in a number, degrees that do not multiply to the devices, unknown hardware) is a
+`Fault`, reported by row and column.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import pathlib
+import re
+
+from cost_model.jobs import hardware, measured
+from cost_model.jobs import shape as shapes
+from cost_model.jobs.columns import DTYPE_BYTES, Jobs, model_columns, stack
+from cost_model.jobs.stack import facts, remat_shares
+from graphs.errors import MeshwrightError
+
+MEASURED_RUNS = pathlib.Path(__file__).parent.parent / "data" / "measured_runs.csv"
+
+_NUMBERS = (
+    "n_layers d_model n_heads n_kv_heads d_ff vocab seq_len n_experts experts_per_token params_b "
+    "global_batch_seqs micro_batch_seqs n_devices dp fsdp zero_stage tp pp virtual_pp cp ep "
+    "step_time_s tokens_per_s_per_device tflops_per_device mfu_reported memory_gb_reported"
+).split()
+_TEXTS = "id source model_name gated_mlp hardware sp recompute dtype notes flops_basis".split()
+_OPTIONAL = ("exclude",)
+_DEGREES = ("dp", "tp", "pp", "cp", "n_devices")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A cell that cannot be right."""
+
+    line: int
+    """line of the file, the header being 1."""
+    row_id: str
+    column: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"line {self.line} ({self.row_id}), column {self.column}: {self.problem}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One row."""
+
+    line: int
+    id: str
+    source: str
+    hardware: str
+    record: dict[str, float] | None
+    """the job's columns, None where it cannot be predicted."""
+    network_bytes_per_s: float | None
+    """the cluster's own network per device where the source states it."""
+    reason: str
+    """why there is no prediction, or what was assumed for it; empty for neither."""
+    measured_step_time_s: float | None
+    measured_memory_gb: float | None
+    out_of_memory: bool
+    exclude: str
+    dtype: str
+    full_layout: bool
+    """True where the source states shape, batch, degrees and recomputation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Runs:
+    """All rows of a file in order, and its faults."""
+
+    rows: tuple[Run, ...]
+    faults: tuple[Fault, ...]
+
+
+def read(path: str | pathlib.Path) -> Runs:
+    """Read a file of runs; raises MeshwrightError where it is no table of runs at all."""
+    path = pathlib.Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise MeshwrightError(
+            f"cannot read runs file {str(path)!r} ({error.strerror}); give a CSV file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise MeshwrightError(
+            f"runs file {str(path)!r} is not UTF-8 text; save it as one"
+        ) from error
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    header = [name for name in reader.fieldnames or [] if name]
+    if "id" not in header and "hardware" not in header:
+        raise MeshwrightError(
+            f"runs file {str(path)!r} has neither column id nor hardware; "
+            "give a CSV file with the columns of the shipped measured_runs.csv"
+        )
+    faults = [
+        Fault(line=1, row_id="header", column=name, problem="the column is missing")
+        for name in (*_NUMBERS, *_TEXTS)
+        if name not in header
+    ]
+    rows = []
+    for raw in reader:
+        run, found = _run(reader.line_num, {k: (v or "").strip() for k, v in raw.items() if k})
+        rows.append(run)
+        faults.extend(found)
+    return Runs(rows=tuple(rows), faults=tuple(faults))
+
+
+def jobs_of(rows: tuple[Run, ...] | list[Run]) -> Jobs:
+    """The rows that have a record, as columns."""
+    kept = [run for run in rows if run.record is not None]
+    device = hardware.device_columns([run.hardware for run in kept])
+    slow = device.network_bytes_per_s.copy()
+    for index, run in enumerate(kept):
+        if run.network_bytes_per_s is not None:
+            slow[index] = run.network_bytes_per_s
+    records = [run.record for run in kept if run.record is not None]
+    return stack(records, device.replace(network_bytes_per_s=slow))
+
+
+class _Missing(Exception):
+    """A cell that the source leaves empty and nothing else gives."""
+
+
+def _run(line: int, raw: dict[str, str]) -> tuple[Run, list[Fault]]:
+    row_id = raw.get("id") or f"line-{line}"
+    faults: list[Fault] = []
+
+    def fault(column: str, problem: str) -> None:
+        faults.append(Fault(line=line, row_id=row_id, column=column, problem=problem))
+
+    numbers: dict[str, float | None] = {}
+    for name in _NUMBERS:
+        text = raw.get(name, "")
+        numbers[name] = None
+        if text:
+            try:
+                value = float(text)
+            except ValueError:
+                fault(name, f"{text!r} is not a number")
+                continue
+            if not math.isfinite(value) or value < 0:
+                fault(name, f"{text!r} is not a finite number of at least 0")
+                continue
+            numbers[name] = value
+    device = raw.get("hardware", "")
+    try:
+        hardware.canonical(device)
+    except MeshwrightError as error:
+        fault("hardware", str(error))
+    dtype = raw.get("dtype", "")
+    if dtype and dtype not in DTYPE_BYTES:
+        fault("dtype", f"{dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+    recompute = raw.get("recompute", "")
+    if recompute not in ("", "none", "selective", "full"):
+        fault("recompute", f"{recompute!r} is not one of none, selective, full")
+    for name in ("dp", "tp", "pp", "cp", "ep", "virtual_pp", "n_devices", "n_layers"):
+        value = numbers[name]
+        if value is not None and (value < 1 or value != int(value)):
+            fault(name, f"{value:g} is not a whole number of at least 1")
+            numbers[name] = None
+    faults.extend(_product(line, row_id, device, numbers))
+
+    record, reason, network, full = None, "", None, False
+    if faults:
+        reason = "; ".join(f"{f.column}: {f.problem}" for f in faults)
+    else:
+        try:
+            record, network, assumed, full = _record(raw, numbers)
+            reason = f"assumed: {', '.join(assumed)}" if assumed else ""
+        except _Missing as error:
+            reason = str(error)
+    if "OUT OF MEMORY" in raw.get("notes", ""):
+        reason = "; ".join(part for part in ("ran out of memory: no measured time", reason) if part)
+    measured_s = None
+    if record is not None:
+        measured_s = measured.step_time_s(raw.get("flops_basis", ""), numbers, record)
+    elif numbers["step_time_s"]:
+        measured_s = numbers["step_time_s"]
+    return (
+        Run(
+            line=line,
+            id=row_id,
+            source=raw.get("source", ""),
+            hardware=device,
+            record=record,
+            network_bytes_per_s=network,
+            reason=reason,
+            measured_step_time_s=measured_s,
+            measured_memory_gb=numbers["memory_gb_reported"],
+            out_of_memory="OUT OF MEMORY" in raw.get("notes", ""),
+            exclude=raw.get("exclude", ""),
+            dtype=dtype,
+            full_layout=full,
+        ),
+        faults,
+    )
+
+
+def _product(line: int, row_id: str, device: str, numbers: dict[str, float | None]) -> list[Fault]:
+    """Degrees that cannot be: their product is not the number of devices."""
+    values = [numbers[name] for name in _DEGREES]
+    dp, tp, pp, cp, devices = (value or 1.0 for value in values)
+    if numbers["dp"] is None or numbers["n_devices"] is None:
+        return []
+    chips = 2.0 if device in ("tpu7x", "tpu7x_ironwood") else 1.0
+    if dp * tp * pp * cp not in (devices, devices * chips):
+        problem = f"dp*tp*pp*cp is {dp * tp * pp * cp:g} on {devices:g} devices; make them equal"
+        return [Fault(line=line, row_id=row_id, column="n_devices", problem=problem)]
+    ep = numbers["ep"] or 1.0
+    if numbers["n_experts"] and numbers["n_experts"] % ep:
+        return [
+            Fault(
+                line=line,
+                row_id=row_id,
+                column="ep",
+                problem=f"{ep:g} does not divide {numbers['n_experts']:g} experts; choose a divisor",
+            )
+        ]
+    return []
+
+
+def _record(
+    raw: dict[str, str], given: dict[str, float | None]
+) -> tuple[dict[str, float], float | None, list[str], bool]:
+    assumed: list[str] = []
+    model, shape_given = _model(raw, given, assumed)
+    source, notes = raw.get("source", ""), raw.get("notes", "")
+    stack_facts = facts(source, f"{notes} {raw.get('dtype', '')}")
+
+    def need(name: str) -> float:
+        value = given[name]
+        if value is None:
+            raise _Missing(f"{name} is not stated by the source")
+        return value
+
+    seq = given["seq_len"]
+    if seq is None:
+        stated = re.search(r"used (\d{3,6}) tokens", notes)
+        if not stated:
+            raise _Missing("seq_len is not stated by the source")
+        seq = float(stated[1])
+        assumed.append(f"seq_len {seq:g}")
+    chips = need("n_devices")
+    device = hardware.device_columns([raw["hardware"]])
+    devices = chips * float(device.devices_per_chip[0])
+    tp, pp, cp = (given[name] or 1.0 for name in ("tp", "pp", "cp"))
+    dp = given["dp"]
+    if dp is None:
+        if given["tp"] is None:
+            raise _Missing("dp and tp are not stated by the source")
+        dp = devices / (tp * pp * cp)
+    if dp * tp * pp * cp == chips:
+        devices = chips
+    elif dp * tp * pp * cp != devices:
+        raise _Missing(f"dp*tp*pp*cp is {dp * tp * pp * cp:g}, not the {devices:g} devices")
+    batch = need("global_batch_seqs")
+    micro = given["micro_batch_seqs"]
+    if micro is None:
+        micro = 1.0
+        assumed.append("micro_batch_seqs 1")
+    micro = max(min(micro, batch / dp), 1e-9)
+    zero, fsdp = given["zero_stage"], given["fsdp"]
+    jax = bool(stack_facts["jax"])
+    if zero is None:
+        zero = (
+            3.0
+            if (fsdp or 0) > 1
+            else (1.0 if not re.search("2104|2205|sc21|tables", source) else 0.0)
+        )
+    if fsdp is None:
+        fsdp = dp if zero >= 2 else 1.0
+    recompute = raw.get("recompute", "")
+    if not recompute and raw.get("flops_basis") == "hardware_incl_full_recompute":
+        recompute = "full"
+        assumed.append("recompute full")
+    full = bool(recompute) and given["micro_batch_seqs"] is not None and shape_given
+    fused = stack_facts["fused_attention"]
+    redone = remat_shares(recompute, f"{source} {notes}", jax=jax, fused=bool(fused))
+    tpu = bool(device.links[0])
+    # fp8 and int8 need matmul units for them; without any, the type stays as wide as bf16
+    width = DTYPE_BYTES.get(raw.get("dtype", "") or "bf16", 2.0)
+    n_slices = _slices(notes, chips, device) if tpu else 1.0
+    record = {
+        **model,
+        "seq_len": seq,
+        "global_batch": batch,
+        "micro_batch": micro,
+        "n_devices": devices,
+        "dp": dp,
+        "fsdp": fsdp,
+        "zero_stage": zero,
+        "tp": tp,
+        "sp": float(raw.get("sp", "") == "True" or (not raw.get("sp") and tp > 1)),
+        "pp": pp,
+        "vpp": given["virtual_pp"] or 1.0,
+        "cp": cp,
+        "ep": (given["ep"] or 1.0) if model["n_experts"] else 1.0,
+        "n_slices": n_slices,
+        **{f"remat_{part}": share for part, share in redone.items()},
+        "offload": float("offload" in notes and "CPU offload False" not in notes),
+        "matmul_bytes": width,
+        "scaled_blocks": float(raw.get("dtype") in ("mxfp8", "nvfp4")),
+        "fp16": float(raw.get("dtype") == "fp16"),
+        **{
+            name: stack_facts[name]
+            for name in (
+                "fused_attention compiled tp_overlap dp_overlap grad_bytes weight_bytes "
+                "master_bytes cuda_graphs"
+            ).split()
+        },
+    }
+    if record["ep"] > 1 and dp * tp * cp % record["ep"]:
+        assumed.append(f"ep {math.gcd(int(record['ep']), int(dp * tp * cp))}")
+        record["ep"] = float(math.gcd(int(record["ep"]), int(dp * tp * cp)))
+    network = stack_facts.get("network_gbit_s")
+    return record, (network * 1e9 / 8 * 0.92 if network else None), assumed, full
+
+
+def _slices(notes: str, chips: float, device: hardware.DeviceColumns) -> float:
+    """TPU slices of a run: as the notes say, else as many as the largest slice forces."""
+    stated = re.search(r"^(\d+) (?:slice|x v)", notes)
+    largest = float(device.domain[0]) / float(device.devices_per_chip[0])
+    return float(stated[1]) if stated else math.ceil(chips / largest)
+
+
+def _model(
+    raw: dict[str, str], given: dict[str, float | None], assumed: list[str]
+) -> tuple[dict[str, float], bool]:
+    """The model's columns, and whether the row itself states the shape."""
+    known = shapes.find(raw.get("model_name", ""))
+    if known is not None and given["d_model"] not in (None, float(known.d_model)):
+        known = None
+    base = model_columns(known) if known else {}
+    notes = raw.get("notes", "")
+    complete = all(
+        given[n] is not None for n in ("n_layers", "d_model", "n_heads", "d_ff", "vocab")
+    )
+
+    def value(name: str, column: str, default: float | None = None) -> float:
+        number = given[column]
+        if number is not None:
+            return number
+        if name in base:
+            return base[name]
+        if default is None:
+            raise _Missing(f"{column} is not stated by the source")
+        assumed.append(f"{column} {default:g}")
+        return default
+
+    width = value("d_model", "d_model")
+    vocab_default = 51200.0 if re.match(r"GPT-\d+B", raw.get("model_name", "")) else None
+    vocab = value("vocab", "vocab", vocab_default)
+    ff_stated = given["d_ff"] is not None or bool(base)
+    gated_text = raw.get("gated_mlp", "")
+    n_up = {"True": 2.0, "False": 1.0}.get(gated_text, base.get("n_up", 1.0))
+    d_ff = given["d_ff"] if given["d_ff"] is not None else base.get("d_ff", 4 * width)
+    if not ff_stated:
+        assumed.append(f"d_ff {d_ff:g}")
+    heads = value("n_heads", "n_heads", max(width // 128, 1.0))
+    keys = given["n_kv_heads"] if given["n_kv_heads"] is not None else base.get("n_kv_heads", heads)
+    if given["n_heads"] is None and given["n_kv_heads"] is None and not base:
+        keys = heads
+    layers = given["n_layers"]
+    if layers is None and not base and given["params_b"]:
+        per_layer = width * width * 4 + (n_up + 1) * width * d_ff
+        layers = float(round((given["params_b"] * 1e9 - vocab * width) / per_layer))
+        assumed.append(f"n_layers {layers:g} from params_b")
+    elif layers is None:
+        layers = value("n_layers", "n_layers")
+    stated = re.search(r"head_dim (\d+)", notes)
+    if base:
+        head_dim, v_head_dim = base["head_dim"], base["v_head_dim"]
+    else:
+        head_dim = float(stated[1]) if stated else width / heads
+        v_head_dim = head_dim
+    experts = given["n_experts"] or base.get("n_experts", 0.0) or 0.0
+    out = dict(base) or {
+        "shared_experts": 0.0,
+        "q_lora_rank": 0.0,
+        "kv_lora_rank": 0.0,
+        "qk_rope_dim": 0.0,
+        "window": 0.0,
+        "window_share": 0.0,
+        "tied": float(n_up == 1.0 or "tied embedding" in notes),
+        "n_moe_layers": layers if experts else 0.0,
+        "moe_d_ff": d_ff if experts else 0.0,
+    }
+    if base and layers != base["n_layers"] and experts:
+        out["n_moe_layers"] = base["n_moe_layers"] * layers / base["n_layers"]
+    out.update(
+        n_layers=layers,
+        d_model=width,
+        n_heads=heads,
+        n_kv_heads=keys,
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        vocab=vocab,
+        n_up=n_up,
+        n_experts=experts,
+        experts_per_token=given["experts_per_token"] or base.get("experts_per_token", 0.0) or 0.0,
+        d_ff=(base.get("d_ff", 0.0) if experts else d_ff),
+    )
+    if base and not experts:
+        out["d_ff"] = d_ff
+    return out, complete

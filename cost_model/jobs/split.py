@@ -1,0 +1,21 @@
+"""The stated half of the sources that the constants are fitted on: `split.yaml`."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import re
+
+import yaml
+
+_FILE = pathlib.Path(__file__).with_name("split.yaml")
+
+
+@functools.lru_cache(maxsize=1)
+def _patterns() -> tuple[str, ...]:
+    return tuple(yaml.safe_load(_FILE.read_text())["fitted"])
+
+
+def is_fitted(source: str) -> bool:
+    """True where constants may be fitted on rows of this source."""
+    return any(re.search(pattern, source) for pattern in _patterns())

@@ -1,0 +1,86 @@
+"""Facts about the software and the cluster of a published run: `stacks.yaml`, by source."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import re
+import typing
+
+import yaml
+
+_FILE = pathlib.Path(__file__).with_name("stacks.yaml")
+
+
+@functools.lru_cache(maxsize=1)
+def _table() -> dict[str, typing.Any]:
+    return yaml.safe_load(_FILE.read_text())
+
+
+def facts(source: str, notes: str) -> dict[str, float]:
+    """The facts of a row by its source and notes; defaults where no stack matches."""
+    table = _table()
+    found = dict(table["defaults"])
+    for entry in table["stacks"]:
+        if re.search(entry["match"], source):
+            found.update({k: v for k, v in entry.items() if k not in ("match", "notes")})
+            for pattern, change in entry.get("notes", {}).items():
+                if re.search(pattern, notes):
+                    found.update(change)
+            break
+    return {key: float(value) for key, value in found.items()}
+
+
+# Names that remat notes use for the outputs of a layer's parts.
+_SAVED = {
+    "core": r"context(?!_par)",
+    "qkv": r"\bq/k/v|q/k/v_proj|qkv|query_proj|query\b",
+    "out": r"out_proj|/out\b|\bout/|attention_out|\bo_proj|\+out\b",
+    "up": r"mlpwi|linear1",
+    "down": r"mlpwo|linear2",
+}
+_PARTS = ("core", "qkv", "out", "up", "down", "pointwise")
+
+
+def remat_shares(recompute: str, notes: str, *, jax: bool, fused: bool) -> dict[str, float]:
+    """The share of each part of a layer that is computed again in the backward pass.
+
+    `recompute` is none / selective / full or blank. What "selective" covers is read from the
+    notes where they name it: MaxText policies name the tensors that are *kept*, Megatron's
+    selective means the attention core (arXiv:2205.05198), torchtitan's per-op policy keeps every
+    second matmul and its per-layer policy every second layer. XLA drops the last matmul of a
+    recomputed layer because no gradient needs its result.
+    """
+    kept = dict.fromkeys(_PARTS, 0.0)
+    if recompute in ("", "none"):
+        return kept
+    if recompute == "full":
+        redone = dict.fromkeys(_PARTS, 1.0)
+        if jax:
+            redone["down"] = 0.0
+        return redone
+    text = notes
+    if re.search(r"save_dot_with_context_except_mlp\b", text):
+        return {**kept, "up": 1.0, "pointwise": 1.0}
+    if re.search(r"save_dot_except_mlp\b", text):
+        return {**kept, "core": 1.0, "up": 1.0, "pointwise": 1.0}
+    if re.search(r"save_dot_except_mlpwi", text):
+        return {**kept, "core": 1.0, "up": 1.0, "pointwise": 1.0}
+    if re.search(r"minimal_(flash|with_context)|dots_saveable", text):
+        return {**kept, "pointwise": 1.0}
+    if re.search(r"remat_policy=minimal|minimal\b", text):
+        return {**kept, "core": 1.0, "pointwise": 1.0}
+    if re.search(r"per-op|torchtitan", text):
+        half = 0.5
+        return {**kept, "qkv": half, "out": half, "up": half, "down": half, "pointwise": 1.0}
+    if re.search(r"per-layer", text):
+        return dict.fromkeys(_PARTS, 0.5)
+    text = re.sub(r"[^;,]*\b(remat|recomputed)\b(?! with|:|_)", "", text)
+    saved = {part for part, pattern in _SAVED.items() if re.search(pattern, text)}
+    if jax and (saved or re.search(r"offload|custom|layer input", text)):
+        redone = {part: 0.0 if part in saved else 1.0 for part in _PARTS}
+        redone["down"] = 0.0
+        return redone
+    if fused:
+        return {**kept, "pointwise": 1.0}
+    return {**kept, "core": 1.0}

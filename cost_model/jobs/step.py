@@ -1,0 +1,173 @@
+"""Seconds of one optimizer step of J whole jobs.
+
+    T = [ m max_stage + (pp - 1)/vpp mean_stage + p2p + first gather + gradient reduction
+          + optimizer ] * (1 + spread log2(nodes))
+
+m microbatches of the 1F1B or interleaved schedule (arXiv:2104.04473, section 2.2: the bubble is
+(pp - 1)/vpp microbatches). A stage is its layers, forward, backward and recomputed, and the head on
+the last. Tensor-parallel collectives: two all-reduces (or gather / scatter pairs) a layer forward,
+two backward (arXiv:1909.08053). Sharded weights are gathered for each microbatch, forward and
+backward, beside the computation: max(compute, traffic) + residue min(compute, traffic). Context
+parallelism gathers keys and values beside the attention core; experts exchange tokens twice
+forward and twice backward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from cost_model.jobs import counts, layer, network
+from cost_model.jobs.columns import Jobs
+from cost_model.jobs.constants import Constants
+
+_DEVICES_PER_NODE = 8.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds [J] of a step and of what it is made of; the parts sum to the step."""
+
+    step_time_s: np.ndarray
+    compute_s: np.ndarray
+    """matmuls, attention and pointwise work of one device, without recomputation."""
+    remat_s: np.ndarray
+    tensor_s: np.ndarray
+    """exposed tensor-parallel collectives."""
+    context_s: np.ndarray
+    expert_s: np.ndarray
+    """expert all-to-all."""
+    sharded_s: np.ndarray
+    """exposed gathers and reductions of sharded weights."""
+    gradient_s: np.ndarray
+    """exposed gradient reduction of replicated weights."""
+    bubble_s: np.ndarray
+    """pipeline fill and drain, stage imbalance, sends between stages."""
+    optimizer_s: np.ndarray
+    spread_s: np.ndarray
+    """waiting for the slowest node."""
+
+
+def microbatches(jobs: Jobs) -> np.ndarray:
+    """[J] forward passes of one rank in a step."""
+    return np.maximum(jobs.global_batch / (jobs.dp * jobs.micro_batch), 1.0)
+
+
+def step_time(jobs: Jobs, constants: Constants) -> StepTime:
+    """Predict J steps."""
+
+    def c(name: str) -> np.ndarray:
+        return constants.of(name, jobs.device.family)
+
+    rate = layer.rates(jobs, constants)
+    t = layer.tokens(jobs)
+    m = microbatches(jobs)
+    groups = network.groups(jobs, c("fast_share"))
+    net = network.Network(
+        slow_bytes_per_s=jobs.device.network_bytes_per_s * c("slow_share"),
+        latency_s=c("hop_latency_s"),
+    )
+    params = counts.parameters(jobs)
+    moe_share = jobs.n_moe_layers / jobs.n_layers
+
+    # one mean layer, computation
+    attention_core = layer.core(jobs, rate, constants)
+    work = layer.projections(jobs, rate, constants) + layer.pointwise(jobs, rate, constants)
+    work = work + attention_core
+    if (moe_share < 1).any():
+        work = work + layer.dense_mlp(jobs, rate, constants) * (1 - moe_share)
+    if (moe_share > 0).any():
+        work = work + layer.expert_mlp(jobs, rate, constants) * moe_share
+    head = layer.head(jobs, rate, constants)
+
+    # one mean layer, collectives
+    activation = t * jobs.d_model * 2.0
+    redone_pairs = np.minimum(jobs.remat_out + jobs.remat_down * (1 - moe_share), 2.0)
+    pairs = 2.0 * (2.0 - moe_share) + redone_pairs
+    hidden = np.where(jobs.tp_overlap > 0, c("tp_exposed"), 1.0)
+    tensor = network.reduce_s(activation, groups["tp"], net) * pairs * hidden
+    copies = activation / jobs.tp * jobs.experts_per_token
+    expert = network.exchange_s(copies, groups["ep"], net) * 4.0 * moe_share
+    key_bytes = 2.0 * t * jobs.cp * np.maximum(jobs.n_kv_heads / jobs.tp, 1.0)
+    key_bytes = key_bytes * (jobs.head_dim + jobs.v_head_dim)
+    key_time = network.gather_s(key_bytes, groups["cp"], net)
+    context = _beside(attention_core.forward, key_time, c("overlap_residue"))
+    context = context + _beside(attention_core.backward, 2 * key_time, c("overlap_residue"))
+
+    # sharded weights, gathered for every microbatch
+    gathered = (jobs.zero_stage >= 2) & (jobs.fsdp > 1)
+    dense_layer = params.dense_layer_mean(jobs) / jobs.tp
+    expert_layer = params.expert_layer_mean(jobs) / np.maximum(jobs.ep, 1.0)
+    fetch = network.gather_s(2.0 * (dense_layer + expert_layer), groups["fsdp"], net)
+    push = network.gather_s(jobs.grad_bytes * (dense_layer + expert_layer), groups["fsdp"], net)
+    refetch = np.where(jobs.zero_stage >= 3, fetch, 0.0)
+    forward_busy = work.forward + tensor * 0.4 + expert * 0.5
+    backward_busy = work.backward + work.redone + tensor * 0.6 + expert * 0.5
+    sharded = _beside(forward_busy, fetch, c("overlap_residue"))
+    sharded = sharded + _beside(backward_busy, refetch + push, c("overlap_residue"))
+    sharded = np.where(gathered, sharded, 0.0)
+    table = params.embedding + params.head * (1 - jobs.tied)
+    table_time = network.gather_s((4.0 + jobs.grad_bytes) * table / jobs.tp, groups["fsdp"], net)
+    table_exposed = np.where(gathered, _beside(head.total, table_time, c("overlap_residue")), 0.0)
+    first_gather = np.where(gathered, fetch, 0.0)
+
+    # stages
+    middle, last = counts.layers_per_stage(jobs)
+    per_layer = work.total + tensor + expert + context + sharded
+    head_time = head.total + table_exposed
+    stage_middle = middle * per_layer
+    stage_last = last * per_layer + head_time
+    longest = np.where(jobs.pp > 1, np.maximum(stage_middle, stage_last), stage_last)
+    mean = (jobs.n_layers * per_layer + head_time) / jobs.pp
+    sent = activation / jobs.tp
+    crosses = jobs.device.domain < jobs.n_devices
+    hop = sent / np.where(crosses, net.slow_bytes_per_s, groups["tp"].fast_bytes_per_s)
+    hop = (hop + net.latency_s) * (jobs.pp > 1)
+    p2p = 2.0 * hop * jobs.vpp * np.where(jobs.tp_overlap > 0, c("tp_exposed"), 1.0)
+    fill = (jobs.pp - 1) * (mean / jobs.vpp + 2.0 * hop)
+    pipeline = m * (longest + p2p) + fill
+
+    # gradients of replicated weights, once a step
+    stage_dense = (jobs.n_layers / jobs.pp) * dense_layer + table / jobs.tp / np.minimum(jobs.pp, 2)
+    stage_expert = (jobs.n_layers / jobs.pp) * expert_layer
+    replicated = ~gathered
+    back = np.where(jobs.zero_stage >= 1, 2.0, jobs.grad_bytes)
+    gradient = network.gather_s(
+        (jobs.grad_bytes + back) * stage_dense, groups["dp"], net
+    ) + network.gather_s((jobs.grad_bytes + back) * stage_expert, groups["expert_dp"], net)
+    between = 2.0 * network.gather_s(
+        jobs.grad_bytes * (stage_dense + stage_expert) / jobs.fsdp, groups["replica"], net
+    )
+    gradient = np.where(replicated, gradient, between)
+    gradient = gradient * np.where(jobs.dp_overlap > 0, c("dp_exposed"), 1.0)
+
+    shards = np.where(jobs.zero_stage >= 1, np.where(gathered, jobs.fsdp, jobs.dp * jobs.cp), 1.0)
+    states = (stage_dense + stage_expert) / shards
+    optimizer = states * 30.0 / rate.hbm + (stage_dense + stage_expert) * 4.0 / rate.hbm * np.where(
+        gathered, 1.0 / jobs.fsdp, 1.0
+    )
+
+    total = pipeline + first_gather + gradient + optimizer
+    nodes = np.maximum(jobs.n_devices / _DEVICES_PER_NODE, 1.0)
+    spread = total * c("spread") * np.log2(nodes)
+    used = m * jobs.n_layers / jobs.pp
+    compute = used * (work.forward + work.backward) + m * head.total / jobs.pp
+    parts = {
+        "compute_s": compute,
+        "remat_s": used * work.redone,
+        "tensor_s": used * tensor,
+        "context_s": used * context,
+        "expert_s": used * expert,
+        "sharded_s": used * sharded + m * table_exposed / jobs.pp + first_gather,
+        "gradient_s": gradient,
+        "optimizer_s": optimizer,
+        "spread_s": spread,
+    }
+    bubble = total + spread - sum(parts.values())
+    return StepTime(step_time_s=total + spread, bubble_s=bubble, **parts)
+
+
+def _beside(busy: np.ndarray, traffic: np.ndarray, residue: np.ndarray) -> np.ndarray:
+    """[J] seconds that `traffic` adds to `busy` when both run side by side."""
+    return np.maximum(traffic - busy, 0.0) + residue * np.minimum(busy, traffic)

@@ -12,10 +12,16 @@ from graphs.zoo.config import ModelConfig
 from graphs.zoo.registry import load_model_config, model_names
 
 if TYPE_CHECKING:
-    from graphs.zoo.train_step import build_train_step, init_state, parameter_count
+    from graphs.zoo.train_step import (
+        active_parameter_count,
+        build_train_step,
+        init_state,
+        parameter_count,
+    )
 
 __all__ = [
     "ModelConfig",
+    "active_parameter_count",
     "build_train_step",
     "init_state",
     "load_model_config",
@@ -26,7 +32,7 @@ __all__ = [
 
 def __getattr__(name: str):
     # flax and optax take a second to import, which reading a config need not wait for
-    if name in ("build_train_step", "init_state", "parameter_count"):
+    if name in __all__:
         from graphs.zoo import train_step
 
         return getattr(train_step, name)

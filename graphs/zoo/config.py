@@ -254,12 +254,15 @@ class ModelConfig:
         if body:
             parts.append((body // period, kinds[head : head + period]))
         parts += _runs(kinds[head + body :])
-        if len(parts) == 1:
-            return (Segment(name="layers", repeats=parts[0][0], kinds=parts[0][1]),)
-        return tuple(
-            Segment(name=f"layers_{i}", repeats=repeats, kinds=period_kinds)
-            for i, (repeats, period_kinds) in enumerate(parts)
-        )
+        segments: list[Segment] = []
+        for repeats, period_kinds in parts:
+            name = "layers"
+            if self.n_experts:
+                name = "moe_layers" if any(kind.moe for kind in period_kinds) else "dense_layers"
+            taken = sum(segment.name.startswith(name) for segment in segments)
+            name = f"{name}_{taken + 1}" if taken else name
+            segments.append(Segment(name=name, repeats=repeats, kinds=period_kinds))
+        return tuple(segments)
 
 
 def _runs(kinds: tuple[LayerKind, ...]) -> list[tuple[int, tuple[LayerKind, ...]]]:

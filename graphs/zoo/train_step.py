@@ -117,6 +117,18 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
+def active_parameter_count(config: ModelConfig) -> int:
+    """Parameters that one token meets: of each layer's E experts only k."""
+    _, params = abstract_model(config, RunOptions())
+    total = 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        keys = [entry.key for entry in path]
+        of_experts = "experts" in keys and "shared" not in keys and "router" not in keys[-1]
+        share = config.experts_per_token / config.n_experts if of_experts else 1.0
+        total += math.prod(leaf.shape) * share
+    return round(total)
+
+
 @functools.lru_cache(maxsize=64)
 def abstract_model(config: ModelConfig, options: RunOptions) -> tuple[Any, dict[str, Any]]:
     """(flax graph definition, nested dict of ShapeDtypeStruct): the model without its numbers."""

@@ -68,6 +68,8 @@ class Group:
     reductions: tuple[Reduction, ...]
     source: int
     """For a copy, the tensor it copies; else -1."""
+    factors: tuple[int, ...] = ()
+    """For a heavy group, the class of each factor of its op's rule (or WHOLE)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,6 +163,7 @@ class _Joiner:
         self.reductions: list[tuple[int, int, int, str, int]] = []
         self.op_item: list[int] = [-1] * len(graph.ops)
         self.heavy: set[int] = set()  # tensors made by heavy ops
+        self.anchors: dict[int, dict[int, int]] = {}  # heavy op -> dimension node of each factor
         self.derived: dict[int, int] = {}  # tensor -> input it is cast or cut from
         self.weights = self._weights()
 
@@ -348,6 +351,7 @@ class _Joiner:
             item = self._view(t, index)
             self._tie(item, rule.operands[i], anchor, rule)
             self.owner[self.root(item)] = self.root(home)
+        self.anchors[index] = anchor
         for f, how in rule.reduced.items():
             if f in anchor:
                 self.reductions.append((home, index, anchor[f], how, home))
@@ -395,6 +399,14 @@ class _Joiner:
         for p in parts:
             heavy = any(not self.rules[op].light for op in p["ops"])
             leaf = any(t in inputs for t in p["tensors"])
+            factors: tuple[int, ...] = ()
+            if heavy:
+                op = next(op for op in p["ops"] if not self.rules[op].light)
+                anchor = self.anchors[op]
+                factors = tuple(
+                    cls(p, anchor[f]) if f in anchor else WHOLE
+                    for f in range(len(self.rules[op].sizes))
+                )
             groups.append(
                 Group(
                     kind=HEAVY if heavy else LEAF if leaf and not p["views"] else LIGHT,
@@ -407,6 +419,7 @@ class _Joiner:
                     ops=tuple(p["ops"]),
                     reductions=tuple(dict.fromkeys(p["reductions"])),
                     source=-1,
+                    factors=factors,
                 )
             )
         group_of = tuple(index[self.root(t)] for t in range(n))

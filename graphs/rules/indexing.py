@@ -1,8 +1,10 @@
 """Rules of gather and scatter, read off their dimension numbers.
 
 Index batch dimensions are parallel. Window dimensions that span the operand pass through. An operand
-dimension that is looked up can be sharded: each device answers for its part and the answers add up
-(gather), or each device applies the updates that fall into its part (scatter).
+dimension that is looked up is whole, except in a batched lookup (one index per batch element, as in
+a loss that picks the label's logit), where each device answers for its part and the answers add up.
+XLA gathers a table sharded on its looked-up dimension, so the rules do not offer it (read from
+compiled TPU programs, ``tests/test_rules.py``).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def gather(params, ins, outs) -> OpRule:
             f_op[d] = f_out[o] = build.new(operand[d])
     reduced = {}
     for d in numbers.collapsed_slice_dims:
-        if d in numbers.start_index_map and operand[d] > 1:
+        if batching and d in numbers.start_index_map and operand[d] > 1:
             f_op[d] = build.new(operand[d])
             reduced[f_op[d]] = "sum"
     return OpRule(
@@ -82,7 +84,8 @@ def _scatter(params, ins, adds: bool) -> OpRule:
             if f_up[u] != WHOLE:
                 reduced[f_up[u]] = "sum"
     for d in numbers.inserted_window_dims:
-        f_op[d] = build.new(operand[d])
+        if batching:
+            f_op[d] = build.new(operand[d])
     return OpRule(
         operands=(tuple(f_op), tuple(f_ix), tuple(f_up)),
         results=(tuple(f_op),),

@@ -1,0 +1,168 @@
+"""Live ranges: which bytes each choice keeps in memory, and when.
+
+Time is the position of ops in program order. Inputs that are donated hold their memory throughout,
+and the results that take their place add nothing. Values stacked by a loop exist from the start of
+the loop to their last use; a value made outside a loop and read inside lives to the loop's end.
+Weights cast inside a loop are cast as a whole before it (XLA hoists the cast), and weights gathered
+for an op exist around that op.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from cost_model.pricing import Pricing
+from graphs.choices import Choices
+from graphs.graph import Graph
+from graphs.groups import COPY, HEAVY, LEAF, Grouping
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Bytes that a node's choice keeps during an interval."""
+
+    node: int
+    interval: tuple[int, int]
+    """Half-open, in op positions."""
+    n_bytes: np.ndarray
+    """[S]."""
+    label: str
+    """state | gradients | activations | weights | other."""
+    tensor: int
+
+
+def last_uses(graph: Graph) -> np.ndarray:
+    """[tensors] position after the last use, loops counted to their end; -1 if unused."""
+    last = np.full(len(graph.tensors), -1, np.int64)
+    chain: dict[int, list[int]] = {}
+    for r in range(len(graph.regions)):
+        up, at = [], r
+        while at >= 0:
+            up.append(at)
+            at = graph.regions[at].parent
+        chain[r] = up
+    for i, op in enumerate(graph.ops):
+        for t in op.inputs:
+            if t < 0:
+                continue
+            home, when = graph.tensors[t].region, i + 1
+            if home != op.region:
+                for r in chain[op.region]:
+                    if graph.regions[r].parent == home:
+                        when = max(when, graph.regions[r].stop)
+            last[t] = max(last[t], when)
+    for t in graph.outputs:
+        if t >= 0:
+            last[t] = len(graph.ops) + 1
+    return last
+
+
+def usage_entries(
+    grouping: Grouping,
+    node_of: np.ndarray,
+    choices: list[Choices],
+    pricing: Pricing,
+    stored: set[int],
+) -> list[Usage]:
+    """Every usage entry of the program; entries of one node and one interval are added up."""
+    graph = grouping.graph
+    last = last_uses(graph)
+    end = len(graph.ops) + 1
+    aliased = {graph.outputs[b] for _, b in graph.aliases}
+    kept_inputs = {graph.inputs[a] for a, _ in graph.aliases}
+    found: dict[tuple[int, tuple[int, int], str], Usage] = {}
+
+    def add(group, t, specs, interval, label, times=1.0):
+        start, stop = interval
+        if stop <= start:
+            return
+        node = int(node_of[group])
+        n_bytes = times * graph.tensors[t].n_bytes / pricing.shards(specs)
+        key = (node, interval, label)
+        old = found.get(key)
+        found[key] = Usage(
+            node=node, interval=interval, label=label, tensor=t,
+            n_bytes=n_bytes if old is None else old.n_bytes + n_bytes,
+        )  # fmt: skip
+
+    inputs = set(graph.inputs)
+    for g, item in enumerate(grouping.groups):
+        menu = choices[node_of[g]]
+        if item.kind == COPY:
+            if grouping.groups[grouping.group_of[item.source]].kind == LEAF:
+                readers = _readers(grouping, item.source, item.views[0].region)
+                add(g, item.source, menu.specs(item.views[0].dims),
+                    (min(readers), max(readers) + 1), "weights")  # fmt: skip
+            continue
+        for t, dims in item.tensors.items():
+            tensor = graph.tensors[t]
+            if t not in stored or tensor.n_bytes < 64:
+                continue
+            specs = menu.specs(dims, result=item.kind == HEAVY)
+            if t in inputs:
+                stop = end if t in kept_inputs or last[t] < 0 else end
+                add(g, t, specs, (0, stop), "state" if t in kept_inputs else "other")
+                continue
+            if t in aliased or last[t] < 0:
+                continue
+            producer = tensor.producer
+            if producer < 0:
+                continue
+            op = graph.ops[producer]
+            if op.primitive == "carry_out":
+                continue  # same memory as the loop's value
+            start = producer
+            if op.primitive == "scan_stack":
+                start = graph.regions[op.region].start
+            label = "gradients" if op.primitive == "scan_stack" and _is_state(
+                grouping, g, aliased
+            ) else "activations"
+            stop = int(last[t])
+            if op.primitive == "carry_in":
+                stop = max(stop, graph.regions[tensor.region].stop)
+            add(g, t, specs, (start, stop), label)
+        if item.kind == LEAF:
+            _hoisted_casts(grouping, g, menu, add)
+        if item.kind == HEAVY:
+            for view in item.views:
+                source = grouping.source_group(g, view)
+                if grouping.groups[source].kind == LEAF and view.ops:
+                    at = view.ops[0]
+                    add(g, view.tensor, menu.specs(view.dims), (at, at + 1), "weights")
+    return list(found.values())
+
+
+def _is_state(grouping: Grouping, g: int, aliased: set[int]) -> bool:
+    return any(t in aliased for t in grouping.groups[g].tensors)
+
+
+def _readers(grouping: Grouping, tensor: int, region: int) -> list[int]:
+    found = [
+        o
+        for item in grouping.groups
+        if item.kind == HEAVY
+        for v in item.views
+        if v.tensor == tensor and v.region == region
+        for o in v.ops
+    ]
+    return found or [0]
+
+
+def _hoisted_casts(grouping: Grouping, g: int, menu: Choices, add) -> None:
+    """A cast of a scanned weight is done for the whole stack before the loop."""
+    graph = grouping.graph
+    item = grouping.groups[g]
+    sliced = {
+        graph.ops[o].outputs[0]
+        for o in item.ops
+        if graph.ops[o].primitive == "scan_slice"
+    }
+    for o in item.ops:
+        op = graph.ops[o]
+        if op.primitive == "convert_element_type" and op.inputs[0] in sliced:
+            region = graph.regions[op.region]
+            t = op.outputs[0]
+            add(g, t, menu.specs(item.tensors[t]), (region.start, region.stop), "weights",
+                region.trips)  # fmt: skip

@@ -1,0 +1,117 @@
+"""Seconds of what a choice does, vectorised over choices: collectives, resharding, operators.
+
+Specs are rows of ``int8``: for each mesh axis the tensor dimension it shards, or -1
+(:meth:`graphs.choices.Choices.specs`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from cost_model.collectives import collective_time_s
+from cost_model.device import Device
+from cost_model.layout import MeshLayout
+
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "collective_permute")
+_SMALL, _LARGE = 1e4, 1e9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pricing:
+    """Affine collective times on one layout, by kind and set of axes."""
+
+    layout: MeshLayout
+    axis_sizes: tuple[int, ...]
+    latency_s: np.ndarray
+    """[kinds, 2^A] seconds at zero bytes; the set of axes is a bit mask."""
+    seconds_per_byte: np.ndarray
+    """[kinds, 2^A]."""
+
+    @classmethod
+    def of(cls, layout: MeshLayout) -> Pricing:
+        sizes = layout.mesh.axis_sizes
+        n_sets = 1 << len(sizes)
+        latency = np.zeros((len(KINDS), n_sets))
+        slope = np.zeros((len(KINDS), n_sets))
+        for k, kind in enumerate(KINDS):
+            for mask in range(1, n_sets):
+                axes = tuple(a for a in range(len(sizes)) if mask >> a & 1 and sizes[a] > 1)
+                if not axes:
+                    continue
+                small, large = (
+                    float(collective_time_s(kind, v, layout, axes)) for v in (_SMALL, _LARGE)
+                )
+                slope[k, mask] = (large - small) / (_LARGE - _SMALL)
+                latency[k, mask] = max(small - slope[k, mask] * _SMALL, 0.0)
+        return cls(layout=layout, axis_sizes=sizes, latency_s=latency, seconds_per_byte=slope)
+
+    @property
+    def device(self) -> Device:
+        return self.layout.cluster.device
+
+    def collective_s(self, kind: int, mask: np.ndarray, payload_bytes: np.ndarray) -> np.ndarray:
+        """Seconds; zero where the set of axes is empty."""
+        time = self.latency_s[kind][mask] + self.seconds_per_byte[kind][mask] * payload_bytes
+        return np.where(mask > 0, time, 0.0)
+
+    def shards(self, specs: np.ndarray) -> np.ndarray:
+        """[S] number of shards of a tensor with each spec."""
+        sizes = np.array(self.axis_sizes, np.float64)
+        return np.where(specs >= 0, sizes, 1.0).prod(axis=-1)
+
+    def masks(self, flags: np.ndarray) -> np.ndarray:
+        """[..., A] booleans -> bit masks."""
+        return (flags * (1 << np.arange(flags.shape[-1]))).sum(axis=-1).astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reshard:
+    """Collectives that turn one spec into another, for every pair of specs."""
+
+    seconds: np.ndarray
+    """[P, Q]."""
+    bytes_by_kind: np.ndarray
+    """[kinds, P, Q] payload bytes."""
+
+
+def reshard(p: np.ndarray, q: np.ndarray, n_bytes: float, pricing: Pricing) -> Reshard:
+    """Price going from specs p [P, A] to specs q [Q, A] for a tensor of n_bytes.
+
+    Slices are local and free and come first, then all-to-alls for axes that change dimension, then
+    one all-gather for the axes that are dropped. Where an axis leaves or joins a dimension on which
+    a more minor axis stays, blocks are out of order and are permuted as well.
+    """
+    a, b = p[:, None, :], q[None, :, :]
+    sizes = np.array(pricing.axis_sizes, np.float64)
+    gather = (a >= 0) & (b < 0)
+    cut = (a < 0) & (b >= 0)
+    move = (a >= 0) & (b >= 0) & (a != b)
+    start = n_bytes / pricing.shards(p)[:, None]
+    local = start / np.where(cut, sizes, 1.0).prod(-1)
+    bytes_by_kind = np.zeros((len(KINDS), len(p), len(q)))
+    seconds = np.zeros((len(p), len(q)))
+    for axis in range(p.shape[1]):
+        moving = move[..., axis]
+        if moving.any():
+            mask = np.where(moving, 1 << axis, 0)
+            seconds += pricing.collective_s(3, mask, local)
+            bytes_by_kind[3] += np.where(moving, local, 0.0)
+    mask = pricing.masks(gather)
+    full = local * np.where(gather, sizes, 1.0).prod(-1)
+    seconds += pricing.collective_s(0, mask, full)
+    bytes_by_kind[0] += np.where(mask > 0, full, 0.0)
+    for major, minor in itertools.combinations(range(p.shape[1]), 2):
+        if pricing.axis_sizes[major] == 1 or pricing.axis_sizes[minor] == 1:
+            continue
+        stays = (a[..., minor] >= 0) & (a[..., minor] == b[..., minor])
+        leaves = (a[..., major] == a[..., minor]) & (b[..., major] != a[..., major])
+        joins = (b[..., major] == b[..., minor]) & (a[..., major] != b[..., major])
+        wrong = stays & (leaves | joins)
+        if wrong.any():
+            both = np.where(wrong, (1 << major) | (1 << minor), 0)
+            seconds += 2 * pricing.collective_s(4, both, start)
+            bytes_by_kind[4] += np.where(wrong, start, 0.0)
+    return Reshard(seconds=seconds, bytes_by_kind=bytes_by_kind)

@@ -1,0 +1,335 @@
+"""From groups and a layout to the table problem and the events that the simulation replays.
+
+A node is a set of tied groups (:mod:`graphs.fold`); its choices are those of its first group. Node
+costs are operator seconds plus combining partial results; edge costs are resharding seconds, both
+times the trips of the loops they run in. Collectives that only wait for weights, and gradient
+reductions that only the optimizer waits for, can hide behind computation: tables price them at
+``exposure`` times their length, the simulation decides what really hides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from cost_model.layout import MeshLayout
+from cost_model.live import usage_entries
+from cost_model.operators import combine_events, compute_events, materialised
+from cost_model.pricing import Pricing, reshard
+from cost_model.problem import Problem
+from graphs.choices import Choices, choices_of
+from graphs.fold import fold
+from graphs.groups import COPY, HEAVY, LEAF, Grouping
+from graphs.rules import WHOLE
+
+COMPUTE, COLLECTIVE, RESHARD = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that takes time once per trip of its region."""
+
+    kind: int
+    """COMPUTE, COLLECTIVE (combining partial results) or RESHARD (an operand changes spec)."""
+    op: int
+    """Position in program order; a reshard comes before its op, a collective after."""
+    region: int
+    node: int
+    """Node whose choice decides, for a reshard the reader."""
+    source: int
+    """For a reshard the node it reads from, else -1."""
+    seconds: np.ndarray
+    """[S] or, for a reshard, [P, Q] over distinct specs."""
+    n_bytes: np.ndarray | None
+    """[kinds, ...] payload bytes of collectives by kind, same trailing shape; None for compute."""
+    rows: np.ndarray | None
+    """[S_source] row of each choice of the source, for a reshard."""
+    columns: np.ndarray | None
+    """[S_node] column of each choice of the reader, for a reshard."""
+    hides: bool
+    """May overlap computation that does not need it: weights and weight gradients."""
+    label: str
+    """What it is reported under."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tables:
+    """The table problem of a program on a layout, and how to read an assignment."""
+
+    grouping: Grouping
+    layout: MeshLayout
+    pricing: Pricing
+    node_of: np.ndarray
+    """[groups] int32, node of each group."""
+    groups_of: tuple[tuple[int, ...], ...]
+    """[nodes] the groups tied in each node, first one first."""
+    choices: tuple[Choices, ...]
+    """[nodes]."""
+    problem: Problem
+    events: tuple[Event, ...]
+    """In program order."""
+
+
+def build_tables(
+    grouping: Grouping,
+    layout: MeshLayout,
+    *,
+    usage_limit_bytes: float,
+    exposure: float = 1.0,
+    keep: int = 192,
+    tied: tuple[int, ...] | None = None,
+) -> Tables:
+    """Price every choice of every group on a layout.
+
+    ``keep`` bounds the choices of a node; the cheapest by themselves stay. ``tied`` is
+    :func:`graphs.fold.fold` of the grouping, or ``range`` to leave repeated groups apart.
+    """
+    tied = fold(grouping) if tied is None else tied
+    pricing = Pricing.of(layout)
+    stored = materialised(grouping)
+    firsts = sorted(set(tied))
+    number = {g: n for n, g in enumerate(firsts)}
+    node_of = np.array([number[t] for t in tied], np.int32)
+    groups_of: list[list[int]] = [[] for _ in firsts]
+    for g, n in enumerate(node_of):
+        groups_of[n].append(g)
+    times = grouping.graph.multiplicities()
+    gradients = _gradient_groups(grouping)
+    choices, node_costs, events = [], [], []
+    for n, g in enumerate(firsts):
+        menu = choices_of(grouping.groups[g], layout.mesh.axis_sizes)
+        own = _own_events(grouping, g, n, menu, pricing, stored, g in gradients)
+        cost = sum((_weigh(e, exposure) * times[e.region] for e in own), np.zeros(len(menu)))
+        if len(menu) > keep:
+            best = np.sort(np.argsort(cost, kind="stable")[:keep])
+            menu = Choices(place=menu.place[best], scatter=menu.scatter[best])
+            cost = cost[best]
+            own = [
+                dataclasses.replace(
+                    e,
+                    seconds=e.seconds[best],
+                    n_bytes=None if e.n_bytes is None else e.n_bytes[:, best],
+                )
+                for e in own
+            ]
+        choices.append(menu)
+        node_costs.append(cost * len(groups_of[n]))
+        events += own
+        for other in groups_of[n][1:]:
+            events += _moved(own, grouping.groups[g], grouping.groups[other])
+    edges: dict[tuple[int, int], np.ndarray] = {}
+    _reshards(grouping, node_of, choices, pricing, times, exposure, events, edges, node_costs)
+    problem = _problem(grouping, layout, node_of, choices, node_costs, edges, pricing, stored,
+                       usage_limit_bytes)  # fmt: skip
+    order = sorted(range(len(events)), key=lambda i: (events[i].op, _PHASE[events[i].kind]))
+    return Tables(
+        grouping=grouping,
+        layout=layout,
+        pricing=pricing,
+        node_of=node_of,
+        groups_of=tuple(tuple(g) for g in groups_of),
+        choices=tuple(choices),
+        problem=problem,
+        events=tuple(events[i] for i in order),
+    )
+
+
+_PHASE = {RESHARD: 0, COMPUTE: 1, COLLECTIVE: 2}
+
+
+def _weigh(event: Event, exposure: float) -> np.ndarray:
+    return event.seconds * (exposure if event.hides else 1.0)
+
+
+def _own_events(grouping, g, n, menu, pricing, stored, hides) -> list[Event]:
+    events = [
+        Event(
+            kind=COMPUTE, op=e.op, region=e.region, node=n, source=-1, seconds=e.seconds,
+            n_bytes=None, rows=None, columns=None, hides=False, label=e.kind,
+        )
+        for e in compute_events(grouping, g, menu, pricing, stored)
+    ]  # fmt: skip
+    for op, region, seconds, n_bytes in combine_events(grouping, g, menu, pricing):
+        events.append(
+            Event(
+                kind=COLLECTIVE, op=op, region=region, node=n, source=-1, seconds=seconds,
+                n_bytes=n_bytes, rows=None, columns=None, hides=hides,
+                label="gradient" if hides else "partial sums",
+            )
+        )  # fmt: skip
+    return events
+
+
+def _moved(own: list[Event], first, other) -> list[Event]:
+    """The events of a tied group: those of the first one at the other's ops."""
+    where = dict(zip(first.ops, other.ops))
+    regions = {}
+    for a, b in zip(first.views, other.views):
+        regions[a.region] = b.region
+        where.update(zip(a.ops, b.ops))
+    return [
+        dataclasses.replace(e, op=where.get(e.op, e.op), region=regions.get(e.region, e.region))
+        for e in own
+    ]
+
+
+def _gradient_groups(grouping: Grouping) -> set[int]:
+    """Heavy groups whose result only the optimizer reads (the groups that make the new state)."""
+    updates = {grouping.group_of[grouping.graph.outputs[b]] for _, b in grouping.graph.aliases}
+    read_by: dict[int, set[int]] = {}
+    for g, item in enumerate(grouping.groups):
+        for view in item.views:
+            read_by.setdefault(grouping.source_group(g, view), set()).add(g)
+    return {
+        g
+        for g, item in enumerate(grouping.groups)
+        if item.kind == HEAVY and read_by.get(g) and read_by[g] <= updates
+    }
+
+
+def _from_weights(grouping: Grouping, source: int) -> bool:
+    item = grouping.groups[source]
+    if item.kind == COPY:
+        item = grouping.groups[grouping.group_of[item.source]]
+    return item.kind == LEAF
+
+
+def _specs_of(grouping: Grouping, g: int, tensor: int, menu: Choices) -> np.ndarray:
+    """[S, A] spec of a tensor as group g (owner or copy) holds it."""
+    item = grouping.groups[g]
+    if item.kind == COPY:
+        return menu.specs(item.views[0].dims)
+    return menu.specs(item.tensors[tensor], result=item.kind == HEAVY)
+
+
+def _unique(specs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    code = ((specs.astype(np.int64) + 1) * 9 ** np.arange(specs.shape[1])).sum(-1)
+    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+    return specs[first], inverse.astype(np.int32)
+
+
+def _reshards(grouping, node_of, choices, pricing, times, exposure, events, edges, node_costs):
+    graph = grouping.graph
+    priced: dict[tuple, tuple] = {}
+    spec_cache: dict[tuple, tuple] = {}
+
+    def unique(key, make):
+        if key not in spec_cache:
+            spec_cache[key] = _unique(make())
+        return spec_cache[key]
+
+    def price(i, j, tensor, p_key, p_make, q_key, q_make):
+        t = graph.tensors[tensor]
+        p, rows = unique((i, *p_key), p_make)
+        q, columns = unique((j, *q_key), q_make)
+        key = (i, p_key, j, q_key, t.shape, t.itemsize)
+        if key not in priced:
+            priced[key] = reshard(p, q, t.n_bytes, pricing)
+        return priced[key], rows, columns
+
+    def add(i, j, seconds, rows, columns, weight):
+        if not seconds.any():
+            return
+        if i == j:
+            node_costs[i] = node_costs[i] + weight * seconds[rows, columns]
+            return
+        full = weight * seconds[np.ix_(rows, columns)]
+        if i > j:
+            i, j, full = j, i, full.T
+        if (i, j) in edges:
+            edges[(i, j)] = edges[(i, j)] + full
+        else:
+            edges[(i, j)] = np.ascontiguousarray(full)
+
+    def dims_key(g, tensor):
+        item = grouping.groups[g]
+        if item.kind == COPY:
+            return ("v", *item.views[0].dims)
+        return ("t", item.kind == HEAVY, *item.tensors[tensor])
+
+    for g, item in enumerate(grouping.groups):
+        j = int(node_of[g])
+        for view in item.views:
+            source = grouping.source_group(g, view)
+            i = int(node_of[source])
+            priced_pair, rows, columns = price(
+                i, j, view.tensor,
+                dims_key(source, view.tensor),
+                lambda: _specs_of(grouping, source, view.tensor, choices[i]),
+                ("v", *view.dims),
+                lambda: choices[j].specs(view.dims),
+            )  # fmt: skip
+            hides = _from_weights(grouping, source)
+            weight = times[view.region] * (exposure if hides else 1.0)
+            add(i, j, priced_pair.seconds, rows, columns, weight)
+            if priced_pair.seconds.any():
+                where = min(view.ops) if view.ops else _first_reader(grouping, g, view)
+                events.append(
+                    Event(
+                        kind=RESHARD, op=where, region=view.region, node=j, source=i,
+                        seconds=priced_pair.seconds, n_bytes=priced_pair.bytes_by_kind, rows=rows,
+                        columns=columns, hides=hides, label="weights" if hides else "activations",
+                    )
+                )  # fmt: skip
+    last = len(graph.ops) - 1
+    for a, b in graph.aliases:
+        t_in, t_out = graph.inputs[a], graph.outputs[b]
+        source, target = grouping.group_of[t_out], grouping.group_of[t_in]
+        i, j = int(node_of[source]), int(node_of[target])
+        dims_in = grouping.groups[target].tensors[t_in]
+        pair, rows, columns = price(
+            i, j, t_out,
+            dims_key(source, t_out),
+            lambda: _specs_of(grouping, source, t_out, choices[i]),
+            ("v", *dims_in),
+            lambda: choices[j].specs(dims_in),
+        )  # fmt: skip
+        add(i, j, pair.seconds, rows, columns, 1.0)
+        if pair.seconds.any():
+            events.append(
+                Event(
+                    kind=RESHARD, op=last, region=0, node=j, source=i, seconds=pair.seconds,
+                    n_bytes=pair.bytes_by_kind, rows=rows, columns=columns, hides=False,
+                    label="updated weights",
+                )
+            )  # fmt: skip
+
+
+def _first_reader(grouping: Grouping, g: int, view) -> int:
+    """First op that reads through a copy group."""
+    readers = [
+        min(v.ops)
+        for h in grouping.groups
+        if h.kind == HEAVY
+        for v in h.views
+        if v.tensor == view.tensor and v.region == view.region and v.ops
+    ]
+    return min(readers) if readers else 0
+
+
+def _problem(grouping, layout, node_of, choices, node_costs, edges, pricing, stored, limit):
+    sizes = np.array([len(c) for c in choices], np.int64)
+    keys = sorted(edges)
+    entries = usage_entries(grouping, node_of, choices, pricing, stored)
+    shape = "x".join(map(str, layout.mesh.axis_sizes))
+    return Problem(
+        name=f"{grouping.graph.fingerprint[:8]} on {layout.cluster.notation} as {shape}",
+        strategy_offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        node_costs=np.concatenate(node_costs) if node_costs else np.zeros(0),
+        edge_nodes=np.array(keys, np.int32).reshape(-1, 2),
+        edge_offsets=np.concatenate([[0], np.cumsum([edges[k].size for k in keys])]).astype(
+            np.int64
+        ),
+        edge_costs=np.concatenate([edges[k].ravel() for k in keys]) if keys else np.zeros(0),
+        usage_nodes=np.array([e.node for e in entries], np.int32),
+        usage_intervals=np.array([e.interval for e in entries], np.int64).reshape(-1, 2),
+        usage_offsets=np.concatenate([[0], np.cumsum([len(e.n_bytes) for e in entries])]).astype(
+            np.int64
+        ),
+        usages=np.concatenate([e.n_bytes for e in entries]) if entries else np.zeros(0),
+        usage_limit=limit,
+    )
+
+
+__all__ = ["COLLECTIVE", "COMPUTE", "RESHARD", "WHOLE", "Event", "Tables", "build_tables"]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from typing import Any
 
-from graphs.errors import MeshwrightError
+from placement.experiments._arguments import write_text
 from placement.report import words
 
 
@@ -93,20 +91,4 @@ def write_json(path: str, content: Any) -> None:
     Raises:
         MeshwrightError: the folder cannot be written.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    try:
-        os.makedirs(folder, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=folder, suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as out:
-                json.dump(content, out, indent=1)
-                out.write("\n")
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
-    except OSError as error:
-        raise MeshwrightError(
-            f"{path!r} cannot be written ({error.strerror}); "
-            "give a path in a folder that can be written"
-        ) from error
+    write_text(path, json.dumps(content, indent=1) + "\n")

@@ -53,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         if show_traceback:
             raise
         return _fail(_one_line(error))
+    except SystemExit as leaving:
+        # argparse leaves so after --help, and where a verb's own parser refuses its arguments.
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)
     except BrokenPipeError:

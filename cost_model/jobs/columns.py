@@ -58,7 +58,7 @@ class Jobs:
     dp: np.ndarray
     """all ways that split the batch, the sharded ones included."""
     fsdp: np.ndarray
-    """group inside dp that shards states (and parameters with zero_stage 3); 1 for none."""
+    """group inside dp * cp that shards states (and parameters with zero_stage 3); 1 for none."""
     zero_stage: np.ndarray
     tp: np.ndarray
     sp: np.ndarray
@@ -99,10 +99,18 @@ class Jobs:
     """1: gradient reduction runs beside the backward pass."""
     grad_bytes: np.ndarray
     """bytes of a gradient element as reduced."""
+    grad_store_bytes: np.ndarray
+    """bytes of a gradient element as kept until the optimizer step."""
     weight_bytes: np.ndarray
     """bytes of a weight element as stored."""
     master_bytes: np.ndarray
     """bytes per parameter of optimizer state: 12 for an fp32 copy and two moments."""
+    attention_speed: np.ndarray
+    """speed of the fused attention kernel against FlashAttention-2's class."""
+    engine_sync: np.ndarray
+    """1: host and device wait for each other at every layer."""
+    fp32_pointwise: np.ndarray
+    """1: an uncompiled program casts norms and rotary embeddings to fp32 and back."""
     cuda_graphs: np.ndarray
     """1: kernels are launched from a recorded graph."""
     # device

@@ -17,11 +17,13 @@ import yaml
 
 from cost_model.jobs.columns import Jobs
 from cost_model.jobs.constants import Constants
+from cost_model.jobs.memory import memory
 from cost_model.jobs.runs import Run, jobs_of
-from cost_model.jobs.split import is_fitted
 from cost_model.jobs.step import step_time
 
 SIGMA = 0.04
+MEMORY = ("allocator_share", "context_bytes", "logit_bytes")
+"""constants of the memory model, fitted on peaks; the others on step times."""
 
 
 def fitted_rows(rows: tuple[Run, ...]) -> list[Run]:
@@ -29,10 +31,7 @@ def fitted_rows(rows: tuple[Run, ...]) -> list[Run]:
     return [
         run
         for run in rows
-        if run.record is not None
-        and run.measured_step_time_s
-        and not run.exclude
-        and is_fitted(run.source)
+        if run.record is not None and run.measured_step_time_s and not run.exclude and run.fitted
     ]
 
 
@@ -44,7 +43,7 @@ def fit(rows: tuple[Run, ...], start: Constants) -> Constants:
     jobs = jobs_of(chosen)
     measured = np.array([run.measured_step_time_s for run in chosen])
     weights = _weights(chosen)
-    free = [entry for entry in start.entries if entry.fitted]
+    free = [entry for entry in start.entries if entry.fitted and entry.name not in MEMORY]
     prior = np.log([entry.prior for entry in free])
     std = np.array([entry.prior_log_std for entry in free])
 
@@ -56,6 +55,33 @@ def fit(rows: tuple[Run, ...], start: Constants) -> Constants:
 
     z0 = np.zeros(len(free))
     best = least_squares(residuals, z0, bounds=(-2.5, 2.5), max_nfev=60)
+    return start.with_values(_values(free, prior + std * best.x))
+
+
+def fit_memory(rows: tuple[Run, ...], start: Constants) -> Constants:
+    """The constants of the memory model, on measured peaks of the fitted half."""
+    from scipy.optimize import least_squares
+
+    chosen = [
+        run
+        for run in rows
+        if run.record is not None
+        and run.measured_memory_gb
+        and run.fitted
+        and not (run.exclude or run.analytic)
+    ]
+    jobs = jobs_of(chosen)
+    measured = np.array([run.measured_memory_gb for run in chosen]) * 2**30
+    free = [entry for entry in start.entries if entry.fitted and entry.name in MEMORY]
+    prior = np.log([entry.prior for entry in free])
+    std = np.array([entry.prior_log_std for entry in free])
+
+    def residuals(z: np.ndarray) -> np.ndarray:
+        constants = start.with_values(_values(free, prior + std * z))
+        error = np.log(memory(jobs, constants).peak_bytes / measured) / SIGMA
+        return np.concatenate([error / len(chosen) ** 0.25, z])
+
+    best = least_squares(residuals, np.zeros(len(free)), bounds=(-2.5, 2.5))
     return start.with_values(_values(free, prior + std * best.x))
 
 

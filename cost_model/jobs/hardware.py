@@ -46,7 +46,8 @@ _VARIANTS = {
     "h100_96g_hbm2e_500w": {
         "hbm_bytes": 94.5 * 2**30,
         "hbm_bytes_per_s": 2.4e12,
-        "power_share": 500 / 700,
+        # power above the idle 150 W of the part, capped against full
+        "power_share": (500 - 150) / (700 - 150),
     },
 }
 

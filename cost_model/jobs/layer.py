@@ -23,8 +23,12 @@ SCORE_BYTES_BACKWARD = 19.0
 FLASH_BACKWARD = 2.5
 LOGIT_BYTES = 26.0
 """bytes moved per logit: written in bf16, cast to fp32, reduced, exponentiated, its gradient."""
-# kernels of a layer: fused by a compiler, or one by one; an expert layer adds routing kernels
-_KERNELS_COMPILED, _KERNELS_EAGER, _KERNELS_EXPERT = 14.0, 26.0, 24.0
+# kernels of a layer's forward pass: fused by a compiler, or one by one; what an expert layer adds
+_KERNELS_COMPILED, _KERNELS_EAGER, _KERNELS_EXPERT = 16.0, 28.0, 40.0
+_ATTENTION_BLOCK = 512.0
+"""keys that a windowed attention kernel loads at once."""
+_EXPERT_TILE = 128.0
+"""rows of a grouped matmul that are wasted where one expert's rows end."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,14 +133,21 @@ def core(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
     """softmax(Q K^T) V of the heads and the part of the sequence that a device holds."""
     heads = jobs.n_heads / jobs.tp
     s = jobs.seq_len
-    window = np.where(jobs.window > 0, np.minimum(jobs.window, s), s)
+    window = np.where(jobs.window > 0, np.minimum(jobs.window + _ATTENTION_BLOCK, s), s)
     seen_window = window - window * window / (2 * s)
     seen = jobs.window_share * seen_window + (1 - jobs.window_share) * s / 2
     width = jobs.head_dim + jobs.v_head_dim
     flops = 2.0 * tokens(jobs) * seen * heads * width
-    share = constants.of("attention_share", jobs.device.family)
-    # a head narrower than the matmul tile wastes part of it; a short sequence does not fill it
-    share = share * jobs.head_dim / (jobs.head_dim + 32.0) * 1.25 * s / (s + 512.0)
+    share = constants.of("attention_share", jobs.device.family) * jobs.attention_speed
+    # a head narrower than the matmul unit wastes part of it; a short sequence does not fill it
+    array = np.maximum(jobs.device.array_width, 1.0)
+    padded = np.ceil(jobs.head_dim / array) * array
+    narrow = np.where(
+        jobs.device.array_width > 0,
+        jobs.head_dim / padded,
+        1.25 * jobs.head_dim / (jobs.head_dim + 32.0),
+    )
+    share = share * narrow * s / (s + 512.0)
     fused = flops / (rate.matmul16 * share)
     flash = Part(forward=fused, backward=fused * FLASH_BACKWARD, redone=fused * jobs.remat_core)
     if jobs.fused_attention.all():
@@ -169,7 +180,8 @@ def expert_mlp(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
     experts = np.maximum(jobs.n_experts, 1.0)
     here = np.maximum(experts / jobs.ep, 1.0)
     rows = t * np.maximum(jobs.experts_per_token, 1.0) * jobs.ep / experts
-    grouped = {**how, "flops_per_s": rate.matmul * constants.of("expert_share", jobs.device.family)}
+    share = constants.of("expert_share", jobs.device.family) * rows / (rows + _EXPERT_TILE)
+    grouped = {**how, "flops_per_s": rate.matmul * share}
     routed = _grouped(rows, jobs.n_up * f, d, here, grouped, jobs.remat_up) + _grouped(
         rows, d, f, here, grouped, jobs.remat_down
     )
@@ -199,17 +211,20 @@ def pointwise(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
     low = np.where(jobs.matmul_bytes < 2, 3.0 + 1.0 * jobs.scaled_blocks, 0.0)
     casts = low * t * (2 * jobs.d_model + (jobs.d_ff * dense_share) / jobs.tp)
     eager = constants.of("eager_traffic", jobs.device.family)
-    factor = np.where(jobs.compiled > 0, 1.0, eager)
-    forward = ((norms + rotary + active) * factor + casts) / rate.hbm
-    kernels = np.where(jobs.compiled > 0, _KERNELS_COMPILED, _KERNELS_EAGER)
-    kernels = kernels + np.where(
-        jobs.n_experts > 0, _KERNELS_EXPERT * jobs.n_moe_layers / jobs.n_layers, 0.0
+    one_by_one = jobs.compiled == 0
+    wide = np.where(one_by_one & (jobs.fp32_pointwise > 0), 3.0, 1.0)
+    moved = np.where(
+        one_by_one, ((norms + rotary) * wide + active) * eager, norms + rotary + active
     )
-    gap = constants.of("kernel_gap_s", jobs.device.family) * np.where(
-        jobs.cuda_graphs > 0, 0.25, 1.0
-    )
-    forward = forward + kernels * gap
+    forward = (moved + casts) / rate.hbm
+    forward = forward + kernels(jobs) * constants.of("kernel_gap_s", jobs.device.family)
     return Part(forward=forward, backward=2 * forward, redone=forward * jobs.remat_pointwise)
+
+
+def kernels(jobs: Jobs) -> np.ndarray:
+    """[J] kernels of one layer's forward pass."""
+    dense = np.where(jobs.compiled > 0, _KERNELS_COMPILED, _KERNELS_EAGER)
+    return dense + _KERNELS_EXPERT * jobs.n_moe_layers / jobs.n_layers
 
 
 def head(jobs: Jobs, rate: Rates, constants: Constants) -> Part:

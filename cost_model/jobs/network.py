@@ -65,9 +65,13 @@ def groups(jobs: Jobs, fast_efficiency: np.ndarray) -> dict[str, Group]:
         "tp": group(jobs.tp, one, np.where(tpu, 1 / axes, one)),
         "cp": group(jobs.cp, jobs.tp, np.where(tpu, 1 / axes, one)),
         "ep": group(jobs.ep, one, np.where(tpu, 1 / axes, one)),
-        "fsdp": group(jobs.fsdp, inner, rest),
+        "fsdp": group(jobs.fsdp, np.where(jobs.fsdp > jobs.dp, jobs.tp, inner), rest),
         "dp": group(jobs.dp * jobs.cp, jobs.tp, rest),
-        "replica": group(jobs.dp / np.maximum(jobs.fsdp, 1.0), inner * jobs.fsdp, rest),
+        "replica": group(
+            np.maximum(jobs.dp * jobs.cp / np.maximum(jobs.fsdp, 1.0), 1.0),
+            jobs.tp * jobs.fsdp,
+            rest,
+        ),
         "expert_dp": group(
             np.maximum(jobs.dp * jobs.cp * jobs.tp / np.maximum(jobs.ep, 1.0), 1.0),
             np.maximum(jobs.ep, 1.0),

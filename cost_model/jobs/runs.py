@@ -19,6 +19,7 @@ import re
 from cost_model.jobs import hardware, measured
 from cost_model.jobs import shape as shapes
 from cost_model.jobs.columns import DTYPE_BYTES, Jobs, model_columns, stack
+from cost_model.jobs.split import is_fitted
 from cost_model.jobs.stack import facts, remat_shares
 from graphs.errors import MeshwrightError
 
@@ -67,8 +68,12 @@ class Run:
     out_of_memory: bool
     exclude: str
     dtype: str
+    fitted: bool
+    """True where the constants may be fitted on this row (`split`)."""
     full_layout: bool
     """True where the source states shape, batch, degrees and recomputation."""
+    analytic: bool
+    """True where the source computed the figure instead of measuring it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,7 +202,9 @@ def _run(line: int, raw: dict[str, str]) -> tuple[Run, list[Fault]]:
             out_of_memory="OUT OF MEMORY" in raw.get("notes", ""),
             exclude=raw.get("exclude", ""),
             dtype=dtype,
+            fitted=is_fitted(raw.get("source", ""), raw.get("notes", "")),
             full_layout=full,
+            analytic="analytic" in raw.get("notes", ""),
         ),
         faults,
     )
@@ -276,13 +283,25 @@ def _record(
         )
     if fsdp is None:
         fsdp = dp if zero >= 2 else 1.0
+    if stack_facts["fsdp_over_cp"] and cp > 1 and fsdp == dp:
+        fsdp, zero = dp * cp, 3.0
     recompute = raw.get("recompute", "")
+    default = ("", "selective", "full")[int(stack_facts["default_remat"])]
+    if not recompute and default:
+        recompute = default
+        assumed.append(f"recompute {default}")
     if not recompute and raw.get("flops_basis") == "hardware_incl_full_recompute":
         recompute = "full"
         assumed.append("recompute full")
-    full = bool(recompute) and given["micro_batch_seqs"] is not None and shape_given
+    full = bool(raw.get("recompute")) and given["micro_batch_seqs"] is not None and shape_given
     fused = stack_facts["fused_attention"]
-    redone = remat_shares(recompute, f"{source} {notes}", jax=jax, fused=bool(fused))
+    redone = remat_shares(
+        recompute,
+        f"{source} {notes}",
+        jax=jax,
+        fused=bool(fused),
+        skips_last=bool(stack_facts["skips_last"]),
+    )
     tpu = bool(device.links[0])
     # fp8 and int8 need matmul units for them; without any, the type stays as wide as bf16
     width = DTYPE_BYTES.get(raw.get("dtype", "") or "bf16", 2.0)
@@ -311,8 +330,8 @@ def _record(
         **{
             name: stack_facts[name]
             for name in (
-                "fused_attention compiled tp_overlap dp_overlap grad_bytes weight_bytes "
-                "master_bytes cuda_graphs"
+                "fused_attention compiled tp_overlap dp_overlap grad_bytes grad_store_bytes weight_bytes "
+                "master_bytes cuda_graphs attention_speed engine_sync fp32_pointwise"
             ).split()
         },
     }

@@ -16,6 +16,8 @@ def _patterns() -> tuple[str, ...]:
     return tuple(yaml.safe_load(_FILE.read_text())["fitted"])
 
 
-def is_fitted(source: str) -> bool:
-    """True where constants may be fitted on rows of this source."""
-    return any(re.search(pattern, source) for pattern in _patterns())
+def is_fitted(source: str, notes: str) -> bool:
+    """True where constants may be fitted on rows of this source (and software release)."""
+    release = re.search(r"([\d.]+) NeMo Container", notes)
+    named = f"{source} release:{release[1]}" if release else source
+    return any(re.search(pattern, named) for pattern in _patterns())

@@ -42,21 +42,23 @@ _SAVED = {
 _PARTS = ("core", "qkv", "out", "up", "down", "pointwise")
 
 
-def remat_shares(recompute: str, notes: str, *, jax: bool, fused: bool) -> dict[str, float]:
+def remat_shares(
+    recompute: str, notes: str, *, jax: bool, fused: bool, skips_last: bool
+) -> dict[str, float]:
     """The share of each part of a layer that is computed again in the backward pass.
 
     `recompute` is none / selective / full or blank. What "selective" covers is read from the
     notes where they name it: MaxText policies name the tensors that are *kept*, Megatron's
     selective means the attention core (arXiv:2205.05198), torchtitan's per-op policy keeps every
-    second matmul and its per-layer policy every second layer. XLA drops the last matmul of a
-    recomputed layer because no gradient needs its result.
+    second matmul and its per-layer policy every second layer. XLA, and PyTorch's non-reentrant
+    checkpoint, leave out the last matmul of a recomputed layer because no gradient needs it.
     """
     kept = dict.fromkeys(_PARTS, 0.0)
     if recompute in ("", "none"):
         return kept
     if recompute == "full":
         redone = dict.fromkeys(_PARTS, 1.0)
-        if jax:
+        if skips_last:
             redone["down"] = 0.0
         return redone
     text = notes

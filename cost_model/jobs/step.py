@@ -45,6 +45,8 @@ class StepTime:
     bubble_s: np.ndarray
     """pipeline fill and drain, stage imbalance, sends between stages."""
     optimizer_s: np.ndarray
+    host_s: np.ndarray
+    """the device waiting for the host."""
     spread_s: np.ndarray
     """waiting for the slowest node."""
 
@@ -95,6 +97,12 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
     context = _beside(attention_core.forward, key_time, c("overlap_residue"))
     context = context + _beside(attention_core.backward, 2 * key_time, c("overlap_residue"))
 
+    # the host launches every kernel: where it is slower than the device, the device waits
+    launched = layer.kernels(jobs) * (3.0 + jobs.remat_pointwise) * c("launch_s")
+    launched = np.where(jobs.cuda_graphs > 0, 0.0, launched)
+    busy = work.total + tensor + expert
+    host = np.maximum(launched - busy, 0.0) + jobs.engine_sync * c("sync_s")
+
     # sharded weights, gathered for every microbatch
     gathered = (jobs.zero_stage >= 2) & (jobs.fsdp > 1)
     dense_layer = params.dense_layer_mean(jobs) / jobs.tp
@@ -114,7 +122,7 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
 
     # stages
     middle, last = counts.layers_per_stage(jobs)
-    per_layer = work.total + tensor + expert + context + sharded
+    per_layer = work.total + tensor + expert + context + sharded + host
     head_time = head.total + table_exposed
     stage_middle = middle * per_layer
     stage_last = last * per_layer + head_time
@@ -162,6 +170,7 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
         "sharded_s": used * sharded + m * table_exposed / jobs.pp + first_gather,
         "gradient_s": gradient,
         "optimizer_s": optimizer,
+        "host_s": used * host,
         "spread_s": spread,
     }
     bubble = total + spread - sum(parts.values())

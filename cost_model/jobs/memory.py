@@ -1,0 +1,128 @@
+"""Peak bytes of a device in J whole jobs: the fullest pipeline stage.
+
+states      weights, gradients and optimizer state of the stage (first: with the embedding; last:
+            with the head), each divided by what shards it (ZeRO, arXiv:1910.02054)
+activations what each part of a layer keeps for the backward pass, from its recomputed share,
+            times the microbatches in flight: pp on the first stage, 1 on the last, and
+            (pp - 1)/vpp more with interleaving (arXiv:2205.05198, section 4.2 and appendix)
+working set one layer's recomputed activations, gathered weights, and the logits
+allocator   fragmentation and the runtime's own context
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from cost_model.jobs import counts, layer
+from cost_model.jobs.columns import Jobs
+from cost_model.jobs.constants import Constants
+from cost_model.jobs.step import microbatches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes [J] of the fullest device and of what fills it."""
+
+    peak_bytes: np.ndarray
+    states_bytes: np.ndarray
+    activations_bytes: np.ndarray
+    working_bytes: np.ndarray
+    capacity_bytes: np.ndarray
+
+    @property
+    def fits(self) -> np.ndarray:
+        return self.peak_bytes <= self.capacity_bytes
+
+
+def kept_bytes(jobs: Jobs) -> tuple[np.ndarray, np.ndarray]:
+    """[J] bytes that a mean layer keeps of one microbatch, and that it would keep with no remat."""
+    t, tp = layer.tokens(jobs), jobs.tp
+    whole = np.where(jobs.sp > 0, tp, 1.0)
+    moe = jobs.n_moe_layers / jobs.n_layers
+    keys = np.maximum(jobs.n_kv_heads, tp)
+    qkv = (jobs.n_heads * jobs.head_dim + keys * (jobs.head_dim + jobs.v_head_dim)) / tp
+    context = jobs.n_heads * jobs.v_head_dim / tp
+    d = jobs.d_model / whole
+    sparse = jobs.experts_per_token / tp
+    up = jobs.n_up * ((1 - moe) * jobs.d_ff / tp + moe * jobs.moe_d_ff * sparse)
+    shared = moe * jobs.shared_experts * jobs.moe_d_ff / tp
+    up = up + jobs.n_up * shared
+    inner = (1 - moe) * jobs.d_ff / tp + moe * jobs.moe_d_ff * sparse + shared
+    dispatched = moe * sparse * jobs.d_model
+    eager = np.where(jobs.compiled > 0, 1.0, 1.0 + 1.0 * jobs.fp32_pointwise)
+    pointwise = 2.0 * d * eager + inner + 2.0 * dispatched
+    # dropout masks of the models before 2022: one byte an element, after attention and the MLP
+    masks = np.where(jobs.fused_attention > 0, 0.0, d)
+    scores = np.where(
+        jobs.fused_attention > 0, 0.0, 5.0 * jobs.n_heads / tp * jobs.seq_len / jobs.cp / 2.0
+    )
+    parts = (
+        (qkv, jobs.remat_qkv),
+        (context, jobs.remat_core * (jobs.fused_attention > 0)),
+        (scores, jobs.remat_core),
+        (d, jobs.remat_out),
+        (up, jobs.remat_up),
+        (pointwise + masks, jobs.remat_pointwise),
+    )
+    kept = d + sum(size * (1 - share) for size, share in parts)
+    full = d + sum(size for size, _ in parts)
+    return 2.0 * t * kept, 2.0 * t * full
+
+
+def memory(jobs: Jobs, constants: Constants) -> Memory:
+    """Predict the peak of J jobs."""
+    params = counts.parameters(jobs)
+    family = jobs.device.family
+    gathered = (jobs.zero_stage >= 2) & (jobs.fsdp > 1)
+    dense = params.dense_layer_mean(jobs) / jobs.tp
+    experts = params.expert_layer_mean(jobs) / np.maximum(jobs.ep, 1.0)
+    table = params.embedding / jobs.tp
+    head = params.head * (1 - jobs.tied) / jobs.tp
+    head = np.where((jobs.tied > 0) & (jobs.pp > 1), params.head / jobs.tp, head)
+    middle, last = counts.layers_per_stage(jobs)
+    balanced = (np.mod(jobs.n_layers, jobs.pp) > 0) & (np.mod(jobs.n_layers + 2, jobs.pp) == 0)
+    first = np.where(balanced, np.maximum(middle - 1, 1.0), middle)
+
+    replicas = jobs.dp * jobs.cp
+    expert_replicas = np.maximum(replicas * jobs.tp / np.maximum(jobs.ep, 1.0), 1.0)
+
+    def states(layers: np.ndarray, tables: np.ndarray) -> np.ndarray:
+        def of(size: np.ndarray, ways: np.ndarray) -> np.ndarray:
+            weight = jobs.weight_bytes / np.where(gathered & (jobs.zero_stage >= 3), jobs.fsdp, 1.0)
+            gradient = jobs.grad_store_bytes / np.where(gathered, jobs.fsdp, 1.0)
+            shards = np.where(gathered, jobs.fsdp, np.where(jobs.zero_stage >= 1, ways, 1.0))
+            return size * (weight + gradient + jobs.master_bytes / shards)
+
+        return of(layers * dense + tables, replicas) + of(layers * experts, expert_replicas)
+
+    kept, full = kept_bytes(jobs)
+    kept = kept * (1 - jobs.offload)
+    m = microbatches(jobs)
+    flight = np.minimum(jobs.pp, m) * (1 + (jobs.pp - 1) / (jobs.pp * jobs.vpp) * (jobs.vpp > 1))
+    redone = full - kept / np.maximum(1 - jobs.offload, 1e-6)
+    working = np.maximum(redone, 0.0) + np.where(
+        gathered, 2.0 * (2.0 + jobs.grad_bytes / 2) * (dense + experts), 0.0
+    )
+    working = working + layer.tokens(jobs) * jobs.d_model * 2.0 * 2.0
+    logits = layer.tokens(jobs) * jobs.vocab / jobs.tp * constants.of("logit_bytes", family)
+    alone = jobs.pp <= 1
+    act_first, act_last = kept * first * flight, kept * np.where(alone, middle, last)
+    table_gathered = np.where(gathered, 2.0 * (table + head), 0.0)
+    tables = table + np.where(alone, head, 0.0)
+    first_total = states(first, tables) + act_first + working
+    first_total = first_total + np.where(alone, np.maximum(logits + table_gathered, 0.0), 0.0)
+    last_total = states(last, np.where(alone, tables, head)) + act_last
+    last_total = last_total + np.maximum(logits, working)
+    fullest_first = first_total >= last_total
+    peak = np.maximum(first_total, last_total)
+    slack = constants.of("allocator_share", family)
+    context = constants.of("context_bytes", family)
+    return Memory(
+        peak_bytes=peak * slack + context,
+        states_bytes=np.where(fullest_first, states(first, tables), states(last, head)),
+        activations_bytes=np.where(fullest_first, act_first, act_last),
+        working_bytes=working,
+        capacity_bytes=jobs.device.hbm_bytes,
+    )

@@ -126,9 +126,7 @@ def layout_for(cluster: Cluster, shape: Mapping[str, int]) -> MeshLayout:
         )
     for name, size in shape.items():
         if not isinstance(size, (int, np.integer)) or size < 1:
-            raise MeshwrightError(
-                f"mesh axis {name!r} has size {size!r}; give an integer of 1 or more"
-            )
+            raise MeshwrightError(f"mesh axis {name!r} has size {size!r}; give a positive integer")
     sizes = tuple(int(v) for v in shape.values())
     product = math.prod(sizes)
     if product != cluster.n_devices:
@@ -175,27 +173,31 @@ def device_order(layout: MeshLayout) -> np.ndarray:
     return index
 
 
+def arrange_devices(layout: MeshLayout, devices: Sequence[Any]) -> np.ndarray:
+    """The given devices in the shape of the mesh, whatever order they come in."""
+    if len(devices) != layout.cluster.n_devices:
+        raise MeshwrightError(
+            f"{len(devices)} devices were given and {layout.cluster.notation} has "
+            f"{layout.cluster.n_devices}; give the devices of that cluster"
+        )
+    array = np.empty(len(devices), dtype=object)
+    array[:] = sorted(devices, key=_device_key)
+    return array[device_order(layout)]
+
+
 def make_mesh(layout: MeshLayout, devices: Sequence[Any]) -> jax.sharding.Mesh:
     """The jax mesh of this layout over real devices or those of a compile-only topology."""
     import jax
 
-    if len(devices) != layout.cluster.n_devices:
-        raise MeshwrightError(
-            f"{len(devices)} devices were given and {layout.cluster.notation} has "
-            f"{layout.cluster.n_devices}; give devices of that cluster"
-        )
-    ordered = sorted(devices, key=_device_key)
-    array = np.empty(len(ordered), dtype=object)
-    array[:] = ordered
-    return jax.sharding.Mesh(array[device_order(layout)], layout.mesh.axis_names)
+    return jax.sharding.Mesh(arrange_devices(layout, devices), layout.mesh.axis_names)
 
 
 def _device_key(device: Any) -> tuple[Any, ...]:
-    coords = getattr(device, "coords", None)
-    if coords is None:
+    core = getattr(device, "core_on_chip", None)
+    if core is None:  # GPUs and CPUs are numbered in order; their coordinates are not a torus
         return (device.id,)
     slice_index = getattr(device, "slice_index", None) or 0
-    return (slice_index, *reversed(tuple(coords)), device.core_on_chip)
+    return (slice_index, *reversed(tuple(device.coords)), core)
 
 
 def _layout(cluster: Cluster, names: tuple[str, ...], placement: Placement) -> MeshLayout:

@@ -1,0 +1,297 @@
+"""Compile a sharded function for a cluster that is not there, in a child process.
+
+The function is lowered here, over an abstract mesh, to StableHLO: shardings, donation, constraints
+inside loops and Pallas kernels are in that text, so the child needs no user code. The child
+compiles it for the cluster's compile-only topology (XLA:TPU from libtpu, XLA:GPU from jax-cuda12-plugin).
+Results are cached under a key of (StableHLO, topology, device order, library versions, flags).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cost_model.layout import MeshLayout, device_order
+from graphs.errors import MeshwrightError
+from placement import compile_cache, hlo
+
+_TPU_FLAGS = ("--xla_dump_to={dump}", "--xla_dump_hlo_as_text=true")
+_GPU_FLAGS = ("--xla_gpu_enable_triton_gemm=false", "--xla_gpu_autotune_level=0")
+_REMATERIALIZED = re.compile(r"Involuntary full rematerialization[^\n]*")
+_PLUGIN = {
+    "tpu": ("libtpu", "libtpu", "tpu"),
+    "cuda": ("jax_cuda12_plugin", "jax-cuda12-plugin", "gpu"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What the compiler said of one program on one cluster. Bytes are per device."""
+
+    status: str
+    """``ok``, ``out_of_memory`` or ``failed``."""
+    message: str
+    """The compiler's sentence where the status is not ok."""
+    argument_bytes: int
+    output_bytes: int
+    temp_bytes: int
+    alias_bytes: int
+    """Output bytes that share a donated argument's buffer."""
+    code_bytes: int
+    full_rematerializations: tuple[str, ...]
+    """The partitioner's warnings that it replicates a tensor to change its sharding."""
+    seconds: float
+    """Spent in the compiler when it was compiled, cached or not."""
+    cached: bool
+    text_path: str
+    """Gzip-compressed scheduled HLO, empty if there is none."""
+    versions: dict[str, str]
+    key: str
+
+    @property
+    def peak_bytes(self) -> int:
+        """Arguments, outputs that are not aliased to them, and temporaries."""
+        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
+
+    def module(self) -> hlo.Module:
+        """The scheduled module. MeshwrightError if it did not compile."""
+        if self.status != "ok":
+            raise MeshwrightError(
+                f"there is no compiled module to read: {self.message or self.status}"
+            )
+        return hlo.parse_module(compile_cache.load_text(pathlib.Path(self.text_path)))
+
+
+def lower(
+    fn: Callable[..., Any],
+    abstract_args: Sequence[Any],
+    *,
+    in_specs: Any,
+    out_specs: Any,
+    donate_argnums: Sequence[int] = (),
+    layout: MeshLayout,
+) -> tuple[str, str]:
+    """StableHLO text of the sharded function, (with source locations, without).
+
+    The specs are pytrees of PartitionSpec as jax.jit takes shardings; None leaves stay to the
+    compiler.
+    """
+    import jax
+    from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+    mesh = AbstractMesh(layout.mesh.axis_sizes, layout.mesh.axis_names)
+
+    def shard(specs: Any) -> Any:
+        return jax.tree.map(
+            lambda spec: None if spec is None else NamedSharding(mesh, spec),
+            specs,
+            is_leaf=lambda x: x is None or isinstance(x, PartitionSpec),
+        )
+
+    jitted = jax.jit(
+        fn,
+        in_shardings=shard(tuple(in_specs)),
+        out_shardings=shard(out_specs),
+        donate_argnums=tuple(donate_argnums),
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jitted.trace(*abstract_args)
+    lowered = traced.lower(lowering_platforms=(layout.cluster.platform,))
+    return lowered.as_text(debug_info=True), lowered.as_text()
+
+
+def compile_for_cluster(
+    fn: Callable[..., Any],
+    abstract_args: Sequence[Any],
+    *,
+    in_specs: Any,
+    out_specs: Any,
+    donate_argnums: Sequence[int] = (),
+    layout: MeshLayout,
+    timeout_s: float = 900.0,
+    flags: Sequence[str] = (),
+    cache: bool = True,
+) -> Compiled:
+    """Compile with the compiler of the layout's cluster; from the cache where it was done before.
+
+    Raises MeshwrightError if the compiler's plugin is missing, the child is killed or runs longer
+    than ``timeout_s``. A program that does not fit or does not compile is a status, not an error.
+    """
+    if layout.cluster.platform == "cpu":
+        raise MeshwrightError(
+            f"cluster {layout.cluster.notation} has no compile-only compiler; "
+            "run on its real devices or verify for a TPU or GPU cluster"
+        )
+    versions = _versions(layout.cluster.platform)
+    text, bare = lower(
+        fn,
+        abstract_args,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        donate_argnums=donate_argnums,
+        layout=layout,
+    )
+    return compile_text(
+        text, bare, layout=layout, versions=versions, timeout_s=timeout_s, flags=flags, cache=cache
+    )
+
+
+def compile_text(
+    text: str,
+    bare: str,
+    *,
+    layout: MeshLayout,
+    versions: dict[str, str],
+    timeout_s: float,
+    flags: Sequence[str] = (),
+    cache: bool = True,
+) -> Compiled:
+    """Compile StableHLO ``text``; ``bare`` (without locations) is what the cache goes by."""
+    request = _request(layout, flags)
+    key = compile_cache.key_of(
+        {"module": compile_cache.key_of({"text": bare}), "versions": versions, **request}
+    )
+    folder = compile_cache.cache_dir("compiled")
+    entry = compile_cache.load_entry(folder, key) if cache else None
+    text_path = folder / f"{key}.txt.gz"
+    if entry is not None and (entry["status"] != "ok" or text_path.exists()):
+        return _compiled(entry, key, text_path, versions, cached=True)
+    entry, scheduled = _run_child(request, text, timeout_s)
+    if scheduled is not None:
+        compile_cache.store_text(text_path, scheduled)
+    if entry["status"] != "failed":  # a failure may be the environment's, so it is tried again
+        compile_cache.store_entry(folder, key, entry)
+    return _compiled(entry, key, text_path, versions, cached=False)
+
+
+def _compiled(
+    entry: dict[str, Any],
+    key: str,
+    text_path: pathlib.Path,
+    versions: dict[str, str],
+    *,
+    cached: bool,
+) -> Compiled:
+    numbers = ("argument_bytes", "output_bytes", "temp_bytes", "alias_bytes", "code_bytes")
+    return Compiled(
+        status=entry["status"],
+        message=entry["message"],
+        **{name: int(entry.get(name, 0)) for name in numbers},
+        full_rematerializations=tuple(entry.get("full_rematerializations", ())),
+        seconds=float(entry["seconds"]),
+        cached=cached,
+        text_path=str(text_path) if entry["status"] == "ok" else "",
+        versions=versions,
+        key=key,
+    )
+
+
+def _request(layout: MeshLayout, flags: Sequence[str]) -> dict[str, Any]:
+    cluster = layout.cluster
+    options: dict[str, Any] = dict(cluster.topology_options)
+    if cluster.platform == "cuda":
+        from placement.gpu_targets import target_config
+
+        options = {"target_config": target_config(cluster.device.name), "topology": ""}
+        options["topology"] = cluster.topology_name
+    base = _TPU_FLAGS if cluster.platform == "tpu" else _GPU_FLAGS
+    return {
+        "platform": cluster.platform,
+        "topology_name": cluster.topology_name if cluster.platform == "tpu" else "",
+        "topology_options": options,
+        "device_order": device_order(layout).reshape(-1).tolist(),
+        "flags": [*base, *flags],
+    }
+
+
+@functools.cache
+def _versions(platform: str) -> dict[str, str]:
+    module, distribution, extra = _PLUGIN[platform]
+    if importlib.util.find_spec(module) is None:
+        raise MeshwrightError(
+            f"the {platform} compiler is not installed (no package {distribution}); "
+            f"run: pip install 'meshwright[{extra}]'"
+        )
+    names = ("jax", "jaxlib", distribution)
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _run_child(
+    request: dict[str, Any], text: str, timeout_s: float
+) -> tuple[dict[str, Any], str | None]:
+    lock = (
+        compile_cache.libtpu_lock()
+        if request["platform"] == "tpu"
+        else contextlib.nullcontext(None)
+    )
+    with tempfile.TemporaryDirectory(prefix="meshwright-compile-") as name:
+        place = pathlib.Path(name)
+        (place / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        (place / "module.mlir").write_text(text, encoding="utf-8")
+        with lock as held:
+            status, stderr, seconds = _wait(place, held, timeout_s)
+        result = place / "result.json"
+        if not result.exists():
+            last = " ".join(stderr.strip().splitlines()[-3:])[-600:]
+            ended = (
+                f"was ended by signal {signal.Signals(-status).name}"
+                if status < 0
+                else f"ended with status {status}"
+            )
+            raise MeshwrightError(
+                f"the compiler process {ended} after {seconds:.0f} s without a result "
+                f"({last or 'no output'}); free memory or try a smaller program"
+            )
+        entry = json.loads(result.read_text(encoding="utf-8"))
+        if os.environ.get("MESHWRIGHT_DEBUG"):
+            sys.stderr.write(stderr)
+        entry["full_rematerializations"] = sorted(set(_REMATERIALIZED.findall(stderr)))
+        if entry["status"] != "ok":
+            return entry, None
+        return entry, (place / "scheduled.txt").read_text(encoding="utf-8")
+
+
+def _wait(place: pathlib.Path, held: Any, timeout_s: float) -> tuple[int, str, float]:
+    """Run the child to its end: exit status, standard error, seconds."""
+    keep = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+    environment = {k: os.environ[k] for k in keep if k in os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    errors = place / "stderr.txt"
+    started = time.monotonic()
+    with errors.open("wb") as stderr:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "placement.compile_child", str(place)],
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            env=environment,
+            pass_fds=() if held is None else (held.fileno(),),
+        )
+        try:
+            status = child.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            raise MeshwrightError(
+                f"the compiler ran longer than {timeout_s:.0f} s and was stopped; "
+                "give a longer timeout_s or a smaller program"
+            ) from None
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
+    seconds = time.monotonic() - started
+    return status, errors.read_text(encoding="utf-8", errors="replace"), seconds

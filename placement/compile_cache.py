@@ -1,0 +1,113 @@
+"""Where compiled results and compiler environments are kept, and who may use libtpu.
+
+The directory is ``$MESHWRIGHT_CACHE_DIR`` or ``~/.cache/meshwright``. Every file is written beside
+its place and renamed, so that a killed process leaves either the old file or the new one, and two
+processes that compile the same program write the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import time
+import uuid
+from collections.abc import Iterator
+from typing import IO, Any
+
+from graphs.errors import MeshwrightError
+
+LAYOUT_VERSION = 1
+"""Of the cached entries; a change of what they hold changes every key."""
+
+
+def cache_dir(*parts: str) -> pathlib.Path:
+    """A folder of the cache, made if it is not there. MeshwrightError where it cannot be."""
+    root = os.environ.get("MESHWRIGHT_CACHE_DIR")
+    base = pathlib.Path(root).expanduser() if root else pathlib.Path.home() / ".cache/meshwright"
+    folder = base.joinpath(*parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MeshwrightError(
+            f"the cache folder {folder} cannot be made ({error.strerror}); "
+            "set MESHWRIGHT_CACHE_DIR to a folder that can be written"
+        ) from error
+    return folder
+
+
+def key_of(parts: dict[str, Any]) -> str:
+    """A hexadecimal key of JSON-able facts."""
+    text = json.dumps({"layout": LAYOUT_VERSION, **parts}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+def load_entry(folder: pathlib.Path, key: str) -> dict[str, Any] | None:
+    """The entry of this key, None if there is none or it is damaged (then it is made again)."""
+    try:
+        return json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def store_entry(folder: pathlib.Path, key: str, entry: dict[str, Any]) -> None:
+    write_atomically(folder / f"{key}.json", json.dumps(entry, indent=1).encode())
+
+
+def store_text(path: pathlib.Path, text: str) -> None:
+    """Gzip-compressed text, atomically."""
+    write_atomically(path, gzip.compress(text.encode(), compresslevel=4, mtime=0))
+
+
+def load_text(path: pathlib.Path) -> str:
+    """Text that store_text wrote. MeshwrightError if it is missing or damaged."""
+    try:
+        return gzip.decompress(path.read_bytes()).decode()
+    except (OSError, EOFError, ValueError) as error:
+        raise MeshwrightError(
+            f"the cached module text {path} cannot be read ({error}); "
+            "delete it and its .json and compile again"
+        ) from error
+
+
+def write_atomically(path: pathlib.Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise MeshwrightError(
+            f"{path} cannot be written ({error.strerror}); free some space or set "
+            "MESHWRIGHT_CACHE_DIR to a folder that can be written"
+        ) from error
+
+
+@contextlib.contextmanager
+def libtpu_lock(timeout_s: float = 3600.0) -> Iterator[IO[bytes]]:
+    """Hold the right to use libtpu: two processes that load it at once collide.
+
+    The file that is yielded can be handed to a child (``pass_fds``); the lock then lives as long as
+    the child does, even if this process is killed.
+    """
+    path = cache_dir() / "libtpu.lock"
+    deadline = time.monotonic() + timeout_s
+    with open(path, "ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise MeshwrightError(
+                        f"another process has used libtpu for over {timeout_s:.0f} s "
+                        f"(lock {path}); wait for it or end it"
+                    ) from None
+                time.sleep(0.1)
+        # Not unlocked by hand: closing the last descriptor does, also a child's.
+        yield file

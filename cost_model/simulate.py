@@ -56,28 +56,29 @@ class Simulator:
         seconds, mode, rows, columns = [], [], [], []
         offset, n_columns, row_offset, column_offset = [], [], [], []
         at = row_at = column_at = 0
-        shared: dict[int, tuple[int, int]] = {}
-        index_shared: dict[int, int] = {}
+        shared: dict[int, int] = {}
+        row_at_of: dict[int, int] = {}
+        column_at_of: dict[int, int] = {}
         for e in tables.events:
             key = id(e.seconds)
             if key not in shared:
-                shared[key] = (at, 0)
+                shared[key] = at
                 seconds.append(np.ascontiguousarray(e.seconds, np.float64).ravel())
                 mode.append(_modes(e, gpu).ravel())
                 at += e.seconds.size
-            offset.append(shared[key][0])
+            offset.append(shared[key])
             if e.kind == RESHARD:
                 n_columns.append(e.seconds.shape[1])
-                for index, store in ((e.rows, rows), (e.columns, columns)):
-                    if id(index) not in index_shared:
-                        index_shared[id(index)] = row_at if store is rows else column_at
-                        store.append(index.astype(np.int32))
-                        if store is rows:
-                            row_at += len(index)
-                        else:
-                            column_at += len(index)
-                row_offset.append(index_shared[id(e.rows)])
-                column_offset.append(index_shared[id(e.columns)])
+                if id(e.rows) not in row_at_of:
+                    row_at_of[id(e.rows)] = row_at
+                    rows.append(e.rows.astype(np.int32))
+                    row_at += len(e.rows)
+                if id(e.columns) not in column_at_of:
+                    column_at_of[id(e.columns)] = column_at
+                    columns.append(e.columns.astype(np.int32))
+                    column_at += len(e.columns)
+                row_offset.append(row_at_of[id(e.rows)])
+                column_offset.append(column_at_of[id(e.columns)])
             else:
                 n_columns.append(0)
                 row_offset.append(0)

@@ -69,6 +69,8 @@ class Tables:
     problem: Problem
     events: tuple[Event, ...]
     """In program order."""
+    usage_labels: tuple[str, ...]
+    """[usage entries] what each entry holds."""
 
 
 def build_tables(
@@ -120,7 +122,7 @@ def build_tables(
             events += _moved(own, grouping.groups[g], grouping.groups[other])
     edges: dict[tuple[int, int], np.ndarray] = {}
     _reshards(grouping, node_of, choices, pricing, times, exposure, events, edges, node_costs)
-    problem = _problem(grouping, layout, node_of, choices, node_costs, edges, pricing, stored,
+    problem, labels = _problem(grouping, layout, node_of, choices, node_costs, edges, pricing, stored,
                        usage_limit_bytes)  # fmt: skip
     order = sorted(range(len(events)), key=lambda i: (events[i].op, _PHASE[events[i].kind]))
     return Tables(
@@ -132,6 +134,7 @@ def build_tables(
         choices=tuple(choices),
         problem=problem,
         events=tuple(events[i] for i in order),
+        usage_labels=labels,
     )
 
 
@@ -313,7 +316,7 @@ def _problem(grouping, layout, node_of, choices, node_costs, edges, pricing, sto
     keys = sorted(edges)
     entries = usage_entries(grouping, node_of, choices, pricing, stored)
     shape = "x".join(map(str, layout.mesh.axis_sizes))
-    return Problem(
+    problem = Problem(
         name=f"{grouping.graph.fingerprint[:8]} on {layout.cluster.notation} as {shape}",
         strategy_offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
         node_costs=np.concatenate(node_costs) if node_costs else np.zeros(0),
@@ -330,6 +333,7 @@ def _problem(grouping, layout, node_of, choices, node_costs, edges, pricing, sto
         usages=np.concatenate([e.n_bytes for e in entries]) if entries else np.zeros(0),
         usage_limit=limit,
     )
+    return problem, tuple(e.label for e in entries)
 
 
 __all__ = ["COLLECTIVE", "COMPUTE", "RESHARD", "WHOLE", "Event", "Tables", "build_tables"]

@@ -4,7 +4,8 @@ A *heavy* op (contraction, gather, scatter, unknown) is a group of its own: it d
 computed, hence the sharding of its operands and of its result. *Light* ops (elementwise, reductions,
 views) follow each other: a connected set of them is one group with one class per named dimension,
 and that class is sharded the same way everywhere in the group. Where joining would give two
-dimensions of one tensor the same class, or an operator needs a dimension complete, the operand is
+dimensions of one tensor the same class, where a small operand is broadcast into a larger result, or
+where an operator needs a dimension complete, the operand is
 not joined: the group reads a *view* of it, a copy that may be sharded differently, and the price of
 resharding lies between the two groups.
 
@@ -320,13 +321,15 @@ class _Joiner:
     def _joins(self, t, op, rule, i, n_big) -> bool:
         if t in self.heavy or _cuts(rule, op, self.graph, i):
             return False
+        n = math.prod(self.graph.tensors[t].shape)
+        if n < math.prod(self.graph.tensors[op.outputs[0]].shape) and op.primitive not in (
+            "scan_stack",
+            "pad",
+        ):
+            return False  # broadcast: a small operand must not tie the large ones that share it
         leaf = self.derived.get(t)
         if leaf is not None and leaf in self.weights:
-            out = op.outputs[0]
-            grows = math.prod(self.graph.tensors[out].shape) > math.prod(
-                self.graph.tensors[t].shape
-            )
-            return n_big == 1 and not grows and out in self.derived
+            return n_big == 1 and op.outputs[0] in self.derived
         return True
 
     def _join(self, t, home, i, rule, anchor) -> bool:

@@ -1,0 +1,118 @@
+"""The Estimate: what the simulation says of an assignment, with its breakdown."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from cost_model.pricing import KINDS
+from cost_model.simulate import Simulator
+from cost_model.tables import COMPUTE, RESHARD
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a step is predicted to take."""
+
+    step_time_s: float
+    compute_time_s: float
+    """Busy time of the computation lane."""
+    exposed_comm_time_s: float
+    """Time the computation lane waits for the network."""
+    comm_time_s: float
+    """Busy time of the network lanes."""
+    peak_memory_bytes: float
+    """Per device."""
+    energy_j: float | None
+    """All devices, one step; None where the device's power is not published."""
+    table_cost_s: float
+    """The additive score of the same assignment."""
+    compute_by_class_s: dict[str, float]
+    """Seconds by operator class."""
+    collectives: dict[str, float]
+    """Payload bytes by collective kind, per device, loops multiplied."""
+    comm_by_purpose_s: dict[str, float]
+    """Seconds of collectives by what they are for."""
+    memory_by_class_bytes: dict[str, float]
+    """Live bytes by class at the peak."""
+    p10_s: float | None = None
+    """Step time that one run in ten is expected to beat (calibrated on validation residuals)."""
+    p90_s: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Estimate:
+        return cls(**data)
+
+
+def estimate(simulator: Simulator, assignment: np.ndarray) -> Estimate:
+    """Simulate one assignment and break it down."""
+    tables = simulator.tables
+    step, compute, comm = (float(x) for x in simulator(assignment)[0])
+    times = tables.grouping.graph.multiplicities()
+    by_class: dict[str, float] = {}
+    by_kind = dict.fromkeys(KINDS, 0.0)
+    by_purpose: dict[str, float] = {}
+    for e in tables.events:
+        pick: Any = int(assignment[e.node])
+        if e.kind == RESHARD:
+            pick = (int(e.rows[assignment[e.source]]), int(e.columns[assignment[e.node]]))
+        seconds = float(e.seconds[pick]) * times[e.region]
+        if e.kind == COMPUTE:
+            by_class[e.label] = by_class.get(e.label, 0.0) + seconds
+            continue
+        if seconds > 0:
+            by_purpose[e.label] = by_purpose.get(e.label, 0.0) + seconds
+        values = e.n_bytes[(slice(None), *np.atleast_1d(pick))]
+        for kind, amount in zip(KINDS, values):
+            by_kind[kind] += float(amount) * times[e.region]
+    profile = simulator.memory_profile(assignment)
+    return Estimate(
+        step_time_s=step,
+        compute_time_s=compute,
+        exposed_comm_time_s=max(0.0, step - compute),
+        comm_time_s=comm,
+        peak_memory_bytes=float(profile.max(initial=0.0)),
+        energy_j=_energy(simulator, step, compute),
+        table_cost_s=table_cost(simulator, assignment),
+        compute_by_class_s=by_class,
+        collectives=by_kind,
+        comm_by_purpose_s=by_purpose,
+        memory_by_class_bytes=_memory_classes(simulator, assignment, int(profile.argmax())),
+    )
+
+
+def table_cost(simulator: Simulator, assignment: np.ndarray) -> float:
+    """The additive score."""
+    p = simulator.tables.problem
+    a = np.asarray(assignment, np.int64)
+    nodes = p.node_costs[p.strategy_offsets[:-1] + a].sum()
+    sizes = p.n_strategies()
+    i, j = p.edge_nodes[:, 0], p.edge_nodes[:, 1]
+    edges = p.edge_costs[p.edge_offsets[:-1] + a[i] * sizes[j] + a[j]].sum() if len(i) else 0.0
+    return float(nodes + edges)
+
+
+def _memory_classes(simulator: Simulator, assignment, at: int) -> dict[str, float]:
+    p = simulator.tables.problem
+    labels = simulator.tables.usage_labels
+    live = (p.usage_intervals[:, 0] <= at) & (at < p.usage_intervals[:, 1])
+    out: dict[str, float] = {}
+    for u in np.flatnonzero(live):
+        amount = float(p.usages[p.usage_offsets[u] + assignment[p.usage_nodes[u]]])
+        out[labels[u]] = out.get(labels[u], 0.0) + amount
+    return out
+
+
+def _energy(simulator: Simulator, step_s: float, compute_s: float) -> float | None:
+    """Busy devices draw their maximum, waiting ones their idle power."""
+    device = simulator.tables.pricing.device
+    if device.max_power_w is None:
+        return None
+    idle = device.idle_power_w if device.idle_power_w is not None else 0.5 * device.max_power_w
+    n = simulator.tables.layout.cluster.n_devices
+    return n * (device.max_power_w * compute_s + idle * max(0.0, step_s - compute_s))

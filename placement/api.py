@@ -1,0 +1,287 @@
+"""The Python API: a train step and a cluster in, a Plan out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from graphs.errors import InfeasibleError, MeshwrightError
+
+OBJECTIVES = ("time", "memory", "energy", "carbon", "cost")
+MEMORY_RESERVE = 0.06
+"""Share of device memory kept free for the runtime and fragmentation."""
+EXPOSURES = (0.3, 1.0)
+"""Shares of hideable communication at which tables are priced; the simulation judges the results."""
+
+
+def optimizers() -> tuple[str, ...]:
+    """Names of all optimizers."""
+    from placement.optimizers import OPTIMIZERS
+
+    return tuple(OPTIMIZERS)
+
+
+def optimize(
+    train_step: Callable,
+    *abstract_args: Any,
+    cluster: str,
+    objective: str = "time",
+    optimizer: str = "search",
+    mesh_shape: Mapping[str, int] | None = None,
+    donate_argnums: Sequence[int] = (0, 1),
+    time_limit_s: float = 10.0,
+    max_evaluations: int | None = None,
+    seed: int = 0,
+    throw: bool = True,
+    strict: bool = False,
+    max_axes: int = 2,
+):
+    """Plan a train step on a cluster.
+
+    Args:
+      train_step: any JAX function.
+      abstract_args: its arguments, pytrees of arrays or ``jax.ShapeDtypeStruct``.
+      cluster: notation, ``v5e:16x16``, ``4*v5e:16x16``, ``h100:8x64``, ``cpu:8``.
+      objective: what the plan minimises: time | memory | energy | carbon | cost.
+      optimizer: one of :func:`optimizers`.
+      mesh_shape: pins the mesh, axis name -> size; None searches it.
+      donate_argnums: arguments whose memory the results take: the training state.
+      time_limit_s: seconds to plan in; the best plan found by then is returned, with
+        ``status="time_limit"`` where the search was cut short.
+      max_evaluations: limit on complete assignments scored.
+      seed: the same seed gives the same plan.
+      throw: raise InfeasibleError where no plan fits; else return the one that needs the least
+        memory, with the reason in ``status``.
+      strict: raise for primitives without a sharding rule instead of keeping them whole.
+      max_axes: most mesh axes searched where the mesh is free.
+
+    Raises:
+      MeshwrightError: for arguments that cannot be planned, in one sentence.
+    """
+    from cost_model.cluster import parse_cluster
+    from graphs.groups import group
+    from graphs.trace import trace
+    from placement.optimizers import OPTIMIZERS
+
+    start = time.monotonic()
+    if objective not in OBJECTIVES:
+        raise MeshwrightError(
+            f"unknown objective {objective!r}; use one of {', '.join(OBJECTIVES)}"
+        )
+    if optimizer not in OPTIMIZERS:
+        raise MeshwrightError(
+            f"unknown optimizer {optimizer!r}; use one of {', '.join(OPTIMIZERS)}"
+        )
+    if not time_limit_s > 0:
+        raise MeshwrightError(f"time_limit_s is {time_limit_s}; give a positive number of seconds")
+    parsed = parse_cluster(cluster)
+    layouts = _layouts(parsed, mesh_shape, max_axes)
+    donated = tuple(n for n in donate_argnums if n < len(abstract_args))
+    graph = trace(train_step, *abstract_args, donate_argnums=donated)
+    grouping = group(graph, strict=strict)
+    search = _Search(
+        grouping=grouping,
+        layouts=layouts,
+        optimizer=optimizer,
+        objective=objective,
+        deadline=start + time_limit_s,
+        max_evaluations=max_evaluations,
+        seed=seed,
+    )
+    search.run()
+    plan = search.plan(train_step, abstract_args, donated, start)
+    if throw:
+        plan.raise_if_infeasible()
+    return plan
+
+
+def _layouts(cluster, mesh_shape, max_axes):
+    from cost_model.layout import enumerate_layouts, layout_for
+
+    if mesh_shape is not None:
+        return [layout_for(cluster, mesh_shape)]
+    return enumerate_layouts(cluster, max_axes=max_axes)
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Candidate:
+    """One judged assignment."""
+
+    layout: Any
+    simulator: Any
+    choices: np.ndarray
+    optimizer: str
+    step_time_s: float
+    memory_bytes: float
+    score: float
+    table_bound_s: float
+
+
+class _Search:
+    """Outer search over meshes; the optimizer solves each, the simulation judges."""
+
+    def __init__(
+        self, *, grouping, layouts, optimizer, objective, deadline, max_evaluations, seed
+    ) -> None:
+        from graphs.fold import fold
+
+        self.grouping, self.layouts = grouping, layouts
+        self.optimizer, self.objective = optimizer, objective
+        self.deadline, self.max_evaluations, self.seed = deadline, max_evaluations, seed
+        self.tied = fold(grouping)
+        device = layouts[0].cluster.device
+        self.limit = device.hbm_capacity_bytes * (1.0 - MEMORY_RESERVE)
+        self.candidates: list[_Candidate] = []
+        self.bounds: list[float] = []
+        self.evaluations = 0
+        self.skipped = 0
+
+    def run(self) -> None:
+        order = _promising_first(self.layouts)
+        for n, layout in enumerate(order):
+            if self._expired() and self.candidates:
+                self.skipped = len(order) - n
+                break
+            self._solve_layout(layout, len(order) - n)
+
+    def _expired(self) -> bool:
+        spent = self.max_evaluations is not None and self.evaluations >= self.max_evaluations
+        return spent or time.monotonic() >= self.deadline
+
+    def _solve_layout(self, layout, remaining: int) -> None:
+        from cost_model.simulate import Simulator
+        from cost_model.tables import build_tables
+        from placement.optimizers import OPTIMIZERS, Budget
+
+        propose = OPTIMIZERS[self.optimizer]
+        for exposure in EXPOSURES if self.optimizer in ("search", "exact") else EXPOSURES[:1]:
+            tables = build_tables(
+                self.grouping,
+                layout,
+                usage_limit_bytes=self.limit,
+                exposure=exposure,
+                tied=self.tied,
+            )
+            left = max(0.05, self.deadline - time.monotonic())
+            evaluations = None
+            if self.max_evaluations is not None:
+                evaluations = max(1, self.max_evaluations - self.evaluations)
+            found = propose(
+                tables,
+                self.seed,
+                Budget(time_limit_s=left / (2 * remaining), max_evaluations=evaluations),
+            )
+            self.evaluations += found.evaluations
+            simulator = Simulator.of(tables)
+            self._judge(layout, simulator, found, exposure)
+            if self._expired():
+                break
+
+    def _judge(self, layout, simulator, found, exposure) -> None:
+        step, compute, _ = simulator(found.choices)[0]
+        memory = simulator.peak_memory_bytes(found.choices)
+        self.candidates.append(
+            _Candidate(
+                layout=layout,
+                simulator=simulator,
+                choices=found.choices,
+                optimizer=self.optimizer,
+                step_time_s=float(step),
+                memory_bytes=memory,
+                score=self._score(float(step), float(compute), memory, layout),
+                table_bound_s=found.lower_bound_s,
+            )
+        )
+
+    def _score(self, step: float, compute: float, memory: float, layout) -> float:
+        if self.objective == "memory":
+            return memory
+        if self.objective in ("energy", "carbon"):
+            device = layout.cluster.device
+            busy = device.max_power_w or 1.0
+            idle = device.idle_power_w if device.idle_power_w is not None else 0.5 * busy
+            return busy * compute + idle * max(0.0, step - compute)
+        return step  # time; money is devices x time, and the devices are given
+
+    def plan(self, train_step, abstract_args, donated, start):
+        import jax
+
+        from cost_model.estimate import estimate
+        from placement.decode import decode
+        from placement.explain import reasons
+        from placement.plan import Plan
+
+        fitting = [c for c in self.candidates if c.memory_bytes <= self.limit]
+        pool = fitting or self.candidates
+        best = min(pool, key=lambda c: c.score if fitting else c.memory_bytes)
+        status = "feasible"
+        if not fitting:
+            status = self._why_not(best)
+        elif self.skipped:
+            status = "time_limit"
+        inputs, outputs, results, operands = decode(best.simulator.tables, best.choices)
+        shapes = jax.eval_shape(train_step, *abstract_args)
+        lower = min((self._simulation_bound(c) for c in self.candidates), default=0.0)
+        return Plan(
+            cluster=best.layout.cluster.notation,
+            mesh_shape=best.layout.mesh.shape,
+            placement=best.layout.placement,
+            optimizer=best.optimizer,
+            objective=self.objective,
+            inputs=inputs,
+            outputs=outputs,
+            results=results,
+            operands=operands,
+            donate_argnums=donated,
+            fingerprint=self.grouping.graph.fingerprint,
+            estimate=estimate(best.simulator, best.choices),
+            lower_bound_s=lower,
+            table_bound_s=best.table_bound_s,
+            evaluations=self.evaluations,
+            planning_time_s=time.monotonic() - start,
+            status=status,
+            warnings=self.grouping.warnings,
+            alternatives=tuple(
+                {
+                    "mesh_shape": c.layout.mesh.shape,
+                    "optimizer": c.optimizer,
+                    "step_time_s": c.step_time_s,
+                    "memory_bytes": c.memory_bytes,
+                    "fits": c.memory_bytes <= self.limit,
+                }
+                for c in sorted(self.candidates, key=lambda c: c.score)
+            ),
+            reasons=reasons(best, self.candidates),
+            trees=(jax.tree.structure(tuple(abstract_args)), jax.tree.structure(shapes)),
+        )
+
+    def _simulation_bound(self, candidate: _Candidate) -> float:
+        """The simulation takes at least all computation and all communication that cannot hide."""
+        from placement.bound import simulation_bound_s
+
+        return simulation_bound_s(candidate.simulator.tables)
+
+    def _why_not(self, best: _Candidate) -> str:
+        capacity = best.layout.cluster.device.hbm_capacity_bytes
+        return (
+            f"no plan fits: the least memory found is {best.memory_bytes / 2**30:.2f} GiB per device "
+            f"and {best.layout.cluster.device.name} has {capacity / 2**30:.2f} GiB, of which "
+            f"{MEMORY_RESERVE:.0%} is reserved; use a larger cluster or a smaller batch"
+        )
+
+
+def _promising_first(layouts):
+    """Whole-axis layouts before split ones, fewer axes first."""
+    return sorted(layouts, key=lambda x: (x.splits, len(x.mesh.axis_sizes)))
+
+
+def partition_specs(train_step: Callable, *abstract_args: Any, cluster: str, **kwargs: Any):
+    """The PartitionSpecs of the first argument (the parameters) in one line.
+
+    Takes what :func:`optimize` takes.
+    """
+    return optimize(train_step, *abstract_args, cluster=cluster, **kwargs).in_specs[0]

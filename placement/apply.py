@@ -1,0 +1,277 @@
+"""Insert a plan's constraints into the user's function, inside loops and branches too.
+
+The function is traced to a jaxpr and evaluated equation by equation. Tensors and ops are numbered
+exactly as :mod:`graphs.trace` numbers them, so the plan's constraints, which name those numbers,
+find their values. A result constraint pins the value; an operand constraint pins a copy that one op
+reads, and copies with one spec are made once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from graphs._jaxpr import called_jaxpr, open_jaxpr
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constraints:
+    """Where a plan pins shardings."""
+
+    results: Mapping[int, tuple]
+    """Tensor -> PartitionSpec entries."""
+    operands: Mapping[tuple[int, int], tuple]
+    """(op, tensor) -> PartitionSpec entries of the copy the op reads."""
+
+
+def constrained(closed, constraints: Constraints, mesh, flat_args: list) -> list:
+    """Evaluate a closed jaxpr on flat arguments with the constraints inserted."""
+    walker = _Walker(constraints, mesh)
+    inputs = [walker.value(x, pin=False) for x in flat_args]
+    consts = [walker.value(c, pin=False) for c in closed.consts]
+    return [v for v, _ in walker.walk(closed.jaxpr, consts, inputs)]
+
+
+class _Walker:
+    """Mirrors graphs.trace._Builder: a value travels with its tensor number."""
+
+    def __init__(self, constraints: Constraints, mesh) -> None:
+        self.constraints, self.mesh = constraints, mesh
+        self.n_tensors = 0
+        self.n_ops = 0
+        self.copies: list[dict[tuple[int, tuple], Any]] = [{}]
+
+    def value(self, x, pin: bool = True) -> tuple[Any, int]:
+        number = self.n_tensors
+        self.n_tensors += 1
+        spec = self.constraints.results.get(number) if pin else None
+        return (x if spec is None else self._pin(x, spec)), number
+
+    def _pin(self, x, spec: tuple):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
+
+    def operand(self, pair: tuple[Any, int], op: int):
+        x, t = pair
+        spec = self.constraints.operands.get((op, t))
+        if spec is None:
+            return x
+        for scope in self.copies:
+            if (t, spec) in scope:
+                return scope[(t, spec)]
+        pinned = self._pin(x, spec)
+        self.copies[-1][(t, spec)] = pinned
+        return pinned
+
+    def op(self) -> int:
+        self.n_ops += 1
+        return self.n_ops - 1
+
+    def walk(self, jaxpr, consts, inputs) -> list[tuple[Any, int]]:
+        env: dict[Any, tuple[Any, int]] = {}
+        for var, pair in zip(jaxpr.constvars, consts):
+            env[var] = pair
+        for var, pair in zip(jaxpr.invars, inputs):
+            env[var] = pair
+
+        def read(atom) -> tuple[Any, int]:
+            return (atom.val, -1) if hasattr(atom, "val") else env[atom]
+
+        for eqn in jaxpr.eqns:
+            args = [read(v) for v in eqn.invars]
+            called = called_jaxpr(eqn)
+            name = eqn.primitive.name
+            if called is not None:
+                outs = self._call(eqn, args, *called)
+            elif name == "scan":
+                outs = self._scan(eqn, args)
+            elif name == "while":
+                outs = self._while(eqn, args)
+            elif name == "cond":
+                outs = self._cond(eqn, args)
+            else:
+                op = self.op()
+                operands = [self.operand(a, op) for a in args]
+                subfuns, params = eqn.primitive.get_bind_params(eqn.params)
+                result = eqn.primitive.bind(*subfuns, *operands, **params)
+                results = result if eqn.primitive.multiple_results else [result]
+                outs = [self.value(x) for x in results]
+            for var, pair in zip(eqn.outvars, outs):
+                env[var] = pair
+        return [read(v) for v in jaxpr.outvars]
+
+    def _materialise(self, args):
+        out = []
+        for x, t in args:
+            if t < 0:
+                self.op()
+                out.append(self.value(x))
+            else:
+                out.append((x, t))
+        return out
+
+    def _call(self, eqn, args, inner, inner_consts):
+        name = eqn.primitive.name
+        if name in ("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call"):
+            args = args[: len(inner.invars)]
+        args = self._materialise(args)
+        consts = [self.value(c, pin=False) for c in inner_consts]
+        if name not in ("remat", "remat2", "checkpoint"):
+            return self.walk(inner, consts, args)
+        # rematerialisation keeps its barrier: rewrite the body and bind the same primitive again
+        numbers: list[int] = []
+        first = (self.n_tensors, self.n_ops)
+
+        def body(*values):
+            self._rewind(first, numbers)
+            pairs = [(v, t) for v, (_, t) in zip(values, args)]
+            self.copies.append({})
+            outs = self.walk(inner, consts, pairs)
+            self.copies.pop()
+            numbers.extend(t for _, t in outs)
+            return [v for v, _ in outs]
+
+        closed = jax.make_jaxpr(body)(*[x for x, _ in args])
+        new = closed.jaxpr
+        if closed.consts:
+            new = new.replace(constvars=[], invars=[*new.constvars, *new.invars], debug_info=None)
+        params = dict(eqn.params, jaxpr=new)
+        outs = eqn.primitive.bind(*closed.consts, *[x for x, _ in args], **params)
+        return list(zip(outs, numbers))
+
+    def _scan(self, eqn, args):
+        p = eqn.params
+        n_consts, n_carry = p["num_consts"], p["num_carry"]
+        body, body_consts = open_jaxpr(p["jaxpr"])
+        consts = self._materialise(args[:n_consts])
+        carry_numbers, carry = [], []
+        for pair in args[n_consts : n_consts + n_carry]:
+            op = self.op()
+            x, t = self.value(self.operand(pair, op))
+            carry.append(x)
+            carry_numbers.append(t)
+        slices = args[n_consts + n_carry :]
+        slice_numbers, slice_ops = [], []
+        for _ in slices:
+            slice_ops.append(self.op())
+            slice_numbers.append(self.n_tensors)
+            self.n_tensors += 1
+        inner_consts = [self.value(c, pin=False) for c in body_consts]
+        results: list[int] = []
+        first = (self.n_tensors, self.n_ops)
+
+        def step(state, xs):
+            self._rewind(first, results)
+            pairs = [
+                *consts,
+                *((self._repin(x, t), t) for x, t in zip(state, carry_numbers)),
+                *((self._repin(x, t), t) for x, t in zip(xs, slice_numbers)),
+            ]
+            self.copies.append({})
+            outs = self.walk(body, inner_consts, pairs)
+            new, ys = [], []
+            for i, pair in enumerate(outs):
+                op = self.op()
+                x = self.operand(pair, op)
+                if i < n_carry:
+                    new.append(self._repin(x, carry_numbers[i]))
+                else:
+                    ys.append(x)
+                results.append(self.n_tensors)
+                self.n_tensors += 1
+            self.copies.pop()
+            return new, ys
+
+        xs = [self.operand(pair, op) for pair, op in zip(slices, slice_ops)]
+        carry, ys = jax.lax.scan(
+            step, carry, xs, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+        )
+        return [(self._repin(x, t), t) for x, t in zip([*carry, *ys], results)]
+
+    def _rewind(self, first: tuple[int, int], results: list[int]) -> None:
+        """A body may be traced more than once; it is numbered the same each time."""
+        self.n_tensors, self.n_ops = first
+        results.clear()
+
+    def _repin(self, x, number: int):
+        spec = self.constraints.results.get(number)
+        return x if spec is None else self._pin(x, spec)
+
+    def _while(self, eqn, args):
+        p = eqn.params
+        nc, nb = p["cond_nconsts"], p["body_nconsts"]
+        body, body_consts = open_jaxpr(p["body_jaxpr"])
+        cond, cond_consts = open_jaxpr(p["cond_jaxpr"])
+        cond_args = [x for x, _ in args[:nc]]
+        consts = self._materialise(args[nc : nc + nb])
+        carry, numbers = [], []
+        for pair in args[nc + nb :]:
+            op = self.op()
+            x, t = self.value(self.operand(pair, op))
+            carry.append(x)
+            numbers.append(t)
+        inner_consts = [self.value(c, pin=False) for c in body_consts]
+        results: list[int] = []
+        first = (self.n_tensors, self.n_ops)
+
+        def test(state):
+            return jax.core.eval_jaxpr(cond, cond_consts, *cond_args, *state)[0]
+
+        def step(state):
+            self._rewind(first, results)
+            pairs = [*consts, *((self._repin(x, t), t) for x, t in zip(state, numbers))]
+            self.copies.append({})
+            outs = self.walk(body, inner_consts, pairs)
+            new = []
+            for pair, t in zip(outs, numbers):
+                new.append(self._repin(self.operand(pair, self.op()), t))
+                results.append(self.n_tensors)
+                self.n_tensors += 1
+            self.copies.pop()
+            return new
+
+        out = jax.lax.while_loop(test, step, carry)
+        return [(self._repin(x, t), t) for x, t in zip(out, results)]
+
+    def _cond(self, eqn, args):
+        flat = [x for x, _ in args[1:]]
+        jaxprs = []
+        for branch in eqn.params["branches"]:
+            body, body_consts = open_jaxpr(branch)
+
+            def run(*values, body=body, body_consts=body_consts):
+                pairs = [(v, t) for v, (_, t) in zip(values, args[1:])]
+                self.copies.append({})
+                pairs = self._materialise(pairs)
+                consts = [self.value(c, pin=False) for c in body_consts]
+                outs = self.walk(body, consts, pairs)
+                self.copies.pop()
+                return [v for v, _ in outs]
+
+            jaxprs.append(jax.make_jaxpr(run)(*flat))
+        index, _ = args[0]
+        calls = [lambda *v, j=j: jax.core.eval_jaxpr(j.jaxpr, j.consts, *v) for j in jaxprs]
+        outs = jax.lax.switch(index, calls, *flat)
+        pairs = []
+        for x in outs:
+            self.op()
+            pairs.append(self.value(x))
+        return pairs
+
+
+def apply(fn: Callable, constraints: Constraints, mesh, check: Callable[[Any], None]) -> Callable:
+    """``fn`` with the constraints; ``check`` receives each traced jaxpr and may refuse it."""
+
+    def wrapped(*args):
+        closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+        check(closed)
+        flat = jax.tree.leaves(args)
+        outs = constrained(closed, constraints, mesh, flat)
+        return jax.tree.unflatten(jax.tree.structure(shape), outs)
+
+    wrapped.__name__ = getattr(fn, "__name__", "planned")
+    wrapped.__doc__ = fn.__doc__
+    return wrapped

@@ -1,0 +1,87 @@
+"""From an assignment to shardings of arguments and results, and constraints on what lies between."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from cost_model.operators import materialised
+from cost_model.tables import Tables
+from graphs.choices import spec_of
+from graphs.groups import COPY, HEAVY
+from graphs.mesh import Spec
+from placement.plan import LeafSpec, SpecEntries
+
+SMALL = 2048
+"""Values with fewer elements are left to the compiler."""
+
+
+def tensor_specs(tables: Tables, assignment: np.ndarray) -> dict[int, Spec]:
+    """Spec of every tensor of the program."""
+    grouping = tables.grouping
+    specs: dict[int, Spec] = {}
+    for g, item in enumerate(grouping.groups):
+        node = int(tables.node_of[g])
+        menu, pick = tables.choices[node], int(assignment[node])
+        one = slice(pick, pick + 1)
+        for t, dims in item.tensors.items():
+            row = type(menu)(place=menu.place[one], scatter=menu.scatter[one]).specs(
+                dims, result=item.kind == HEAVY
+            )[0]
+            specs[t] = spec_of(row, len(dims))
+    return specs
+
+
+def decode(
+    tables: Tables, assignment: np.ndarray
+) -> tuple[
+    tuple[LeafSpec, ...],
+    tuple[LeafSpec, ...],
+    dict[int, SpecEntries],
+    dict[tuple[int, int], SpecEntries],
+]:
+    """(arguments, results, value constraints, operand constraints)."""
+    grouping = tables.grouping
+    graph = grouping.graph
+    names = tables.layout.mesh.axis_names
+    sizes = tables.layout.mesh.axis_sizes
+    specs = tensor_specs(tables, assignment)
+
+    def named(spec: Spec) -> SpecEntries:
+        return tuple(tuple(names[a] for a in dim if sizes[a] > 1) for dim in spec)
+
+    def leaf(t: int, name: str, spec: Spec) -> LeafSpec:
+        tensor = graph.tensors[t]
+        return LeafSpec(name=name, shape=tensor.shape, dtype=tensor.dtype, spec=named(spec))
+
+    inputs = tuple(leaf(t, n, specs[t]) for t, n in zip(graph.inputs, graph.input_names))
+    state = {b: a for a, b in graph.aliases}
+    outputs = []
+    for j, (t, name) in enumerate(zip(graph.outputs, graph.output_names)):
+        if t < 0:
+            outputs.append(LeafSpec(name=name, shape=(), dtype="float32", spec=()))
+        elif j in state:
+            outputs.append(leaf(t, name, specs[graph.inputs[state[j]]]))
+        else:
+            outputs.append(leaf(t, name, specs[t]))
+    stored = materialised(grouping)
+    results = {}
+    for t in stored:
+        tensor = graph.tensors[t]
+        if tensor.producer >= 0 and math.prod(tensor.shape) >= SMALL:
+            results[t] = named(specs[t])
+    operands: dict[tuple[int, int], SpecEntries] = {}
+    for g, item in enumerate(grouping.groups):
+        if item.kind == COPY:
+            continue
+        node = int(tables.node_of[g])
+        menu, pick = tables.choices[node], int(assignment[node])
+        for view in item.views:
+            if math.prod(graph.tensors[view.tensor].shape) < SMALL:
+                continue
+            spec = spec_of(menu.specs(view.dims)[pick], len(view.dims))
+            if spec != specs[view.tensor]:
+                for op in view.ops:
+                    operands[(op, view.tensor)] = named(spec)
+    return inputs, tuple(outputs), results, operands

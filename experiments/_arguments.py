@@ -38,6 +38,7 @@ def write_text(path: str, text: str) -> None:
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as out:
                 out.write(text)
+            os.chmod(partial, 0o644)
             os.replace(partial, path)
         except BaseException:
             os.unlink(partial)

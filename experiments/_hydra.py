@@ -7,18 +7,22 @@ is written in its notation, ``cluster=v5p:8x8x16``, or chosen from the files of 
 from __future__ import annotations
 
 import difflib
+import functools
 from importlib.resources import files
 from typing import Any
 
 from graphs.errors import MeshwrightError
 
 _CONFIGS = "placement.configs"
+_HYDRA_ALSO_RAISES = (ValueError, TypeError, KeyError, AttributeError)
+"""What malformed overrides make Hydra raise besides its own exceptions."""
 
 
 def wants_help(argv: list[str]) -> bool:
     return any(a in ("-h", "--help", "help") for a in argv)
 
 
+@functools.cache
 def groups() -> dict[str, list[str]]:
     """Names of the files of every configuration group."""
     found = {}
@@ -46,8 +50,14 @@ def compose(name: str, overrides: list[str]) -> Any:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module(config_module=_CONFIGS, version_base="1.3"):
-            return hydra_compose(config_name=name, overrides=checked)
-    except (HydraException, OmegaConfBaseException) as error:
+            config = hydra_compose(config_name=name, overrides=checked)
+            chosen = _chosen(checked)
+            if chosen != checked:
+                _check_types(config, hydra_compose(config_name=name, overrides=chosen))
+            return config
+    except MeshwrightError:
+        raise
+    except (HydraException, OmegaConfBaseException, *_HYDRA_ALSO_RAISES) as error:
         raise MeshwrightError(_sentence(error, name)) from error
 
 
@@ -95,41 +105,64 @@ def _checked(text: str) -> str:
         raise MeshwrightError(f"{text!r} is not an override: write key=value")
     try:
         override = OverridesParser.create().parse_override(text)
-        value = override.value()
+        value = None if override.is_sweep_override() else override.value()
     except HydraException as error:
         raise MeshwrightError(
             f"the override {text!r} cannot be read: quote values with special characters, "
             "as in 'key=\"a b\"'"
         ) from error
+    if override.is_sweep_override():
+        raise MeshwrightError(f"{text!r} names several values: give one")
     key = override.key_or_group
     choices = groups().get(key)
-    if choices is None or not isinstance(value, str) or value in choices:
+    if choices is None or override.is_delete() or value in choices:
         return text
     if key == "cluster":
         return f'cluster.notation="{value}"'
-    near = difflib.get_close_matches(value, choices, n=1)
+    near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise MeshwrightError(f"no {key} named {value!r}: {hint}choose one of {', '.join(choices)}")
+
+
+def _chosen(overrides: list[str]) -> list[str]:
+    """The overrides that choose files, without those that set values."""
+    return [text for text in overrides if text.split("=")[0] in groups()]
+
+
+def _check_types(config: Any, defaults: Any, path: str = "") -> None:
+    """Words where a number or a switch belongs are refused, by key."""
+    config, defaults = plain(config), plain(defaults)
+    for key, value in config.items():
+        default = defaults.get(key)
+        if isinstance(default, dict) and isinstance(value, dict):
+            _check_types(value, default, f"{path}{key}.")
+        elif isinstance(default, bool) and not isinstance(value, bool):
+            raise MeshwrightError(f"{path}{key}={value!r} is not true or false")
+        elif isinstance(default, int) and not isinstance(value, int):
+            raise MeshwrightError(f"{path}{key}={value!r} is not a whole number such as {default}")
+        elif isinstance(default, float) and not isinstance(value, int | float):
+            raise MeshwrightError(f"{path}{key}={value!r} is not a number such as {default}")
 
 
 def _sentence(error: Exception, name: str) -> str:
     key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
     first = " ".join(str(error).split("\n\n")[0].split())
     if key and "is not in struct" in f"{error} {error.__cause__}":
-        known = sorted(_keys(compose(name, [])))
+        known = _siblings(compose(name, []), str(key))
         near = difflib.get_close_matches(str(key), known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"unknown key {key!r}: {hint}the keys are {', '.join(known)}"
+        return f"unknown key {key!r}: {hint}the keys are {', '.join(known)} (+{key}=… adds one)"
     return f"the configuration {name!r} cannot be read: {first}"
 
 
-def _keys(config: Any, prefix: str = "") -> list[str]:
-    found = []
-    for key, value in plain(config).items():
-        found.append(f"{prefix}{key}")
-        if isinstance(value, dict) and not prefix:
-            found += [f"{key}.{inner}" for inner in value if not inner.startswith("_")]
-    return found
+def _siblings(config: Any, key: str) -> list[str]:
+    """Keys at the place of the unknown one."""
+    parent, _, _ = key.rpartition(".")
+    node: Any = plain(config)
+    for part in filter(None, parent.split(".")):
+        node = node.get(part, {}) if isinstance(node, dict) else {}
+    prefix = f"{parent}." if parent else ""
+    return sorted(f"{prefix}{k}" for k in node if not str(k).startswith("_"))
 
 
 def _indent(text: str) -> str:

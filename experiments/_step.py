@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -70,6 +71,12 @@ def _from_module(name: str) -> Step:
             f"module={name!r}: {module_name} has no function {function_name!r}; "
             "name one that returns (train_step, abstract_args, donate_argnums)"
         )
+    try:
+        inspect.signature(build).bind()
+    except (TypeError, ValueError) as error:
+        raise MeshwrightError(
+            f"module={name!r} names a function with arguments ({error}): name one that takes none"
+        ) from error
     built = build()
     if not (isinstance(built, tuple) and len(built) == 3 and callable(built[0])):
         raise MeshwrightError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from placement.experiments._arguments import write_text
@@ -14,18 +15,26 @@ def mesh_words(shape: dict[str, int]) -> str:
     return " × ".join(f"{name} {size}" for name, size in used.items()) or "one device"
 
 
-def row_of(name: str, plan: Any, capacity_bytes: float) -> dict[str, Any]:
+def console() -> Any:
+    """A console that does not fold tables where no terminal limits their width."""
+    from rich.console import Console
+
+    terminal = Console(soft_wrap=True, highlight=False)
+    return terminal if terminal.is_terminal else Console(highlight=False, width=140)
+
+
+def row_of(name: str, plan: Any, cluster: Any) -> dict[str, Any]:
     """One plan as plain numbers: what the table and the JSON file both show."""
     estimate = plan.estimate
     return {
         "name": name,
-        "status": plan.status,
+        "status": "feasible" if plan.status in ("feasible", "time_limit") else plan.status,
         "mesh": dict(plan.mesh_shape),
         "step_time_s": None if estimate is None else estimate.step_time_s,
         "p10_s": getattr(estimate, "p10_s", None),
         "p90_s": getattr(estimate, "p90_s", None),
         "peak_memory_bytes": None if estimate is None else estimate.peak_memory_bytes,
-        "capacity_bytes": capacity_bytes,
+        "capacity_bytes": cluster.device.hbm_capacity_bytes,
         "planning_time_s": plan.planning_time_s,
     }
 
@@ -36,7 +45,7 @@ def comparison_table(rows: list[dict[str, Any]]) -> Any:
 
     mine = rows[0]["step_time_s"]
     table = Table(title="the plan beside every hand-tuned baseline", title_justify="left")
-    table.add_column("plan")
+    table.add_column("plan", no_wrap=True)
     for head in ("step time", "× the plan", "memory", "of capacity"):
         table.add_column(head, justify="right")
     table.add_column("mesh")
@@ -56,10 +65,11 @@ def comparison_table(rows: list[dict[str, Any]]) -> Any:
     return table
 
 
-def plan_lines(plan: Any, title: str, cluster: str, capacity_bytes: float, tokens: int | None):
+def plan_lines(plan: Any, title: str, cluster: Any, tokens: int | None) -> Iterator[str]:
     """What a newcomer wants to read first, a line each."""
-    estimate = plan.estimate
-    yield f"{title} on {cluster}: {mesh_words(dict(plan.mesh_shape))} ({plan.status})"
+    estimate, capacity_bytes = plan.estimate, cluster.device.hbm_capacity_bytes
+    mesh = mesh_words(dict(plan.mesh_shape))
+    yield f"{title} on {cluster.notation}: {mesh} ({plan.status})"
     yield (
         f"  step time   {words.seconds(estimate.step_time_s)} predicted: "
         f"{words.seconds(estimate.compute_time_s)} computing, "
@@ -83,6 +93,26 @@ def plan_lines(plan: Any, title: str, cluster: str, capacity_bytes: float, token
     )
     for warning in plan.warnings:
         yield f"  warning: {warning}"
+
+
+def verification_table(verification: Any) -> Any:
+    """What was predicted beside what the compiler says."""
+    from rich.table import Table
+
+    verdict = "fits" if verification.fits else "does not fit"
+    table = Table(title=f"XLA's word: {verdict}", title_justify="left")
+    table.add_column("quantity")
+    for head in ("predicted", "compiled", "difference"):
+        table.add_column(head, justify="right")
+    for row in verification.rows():
+        gap = f"{100 * (row.predicted / row.compiled - 1):+.1f} %" if row.compiled else "–"
+        table.add_row(
+            row.quantity,
+            words.quantity(row.predicted, row.unit),
+            words.quantity(row.compiled, row.unit),
+            gap,
+        )
+    return table
 
 
 def write_json(path: str, content: Any) -> None:

@@ -14,6 +14,7 @@ from placement.report.data import (
     Span,
     TensorRow,
 )
+from placement.report.from_plan import report_data, write_report
 from placement.report.page import render, write
 
 __all__ = [
@@ -30,5 +31,7 @@ __all__ = [
     "Span",
     "TensorRow",
     "render",
+    "report_data",
     "write",
+    "write_report",
 ]

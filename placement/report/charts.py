@@ -152,7 +152,7 @@ def comparison(data: ReportData) -> str:
     note = "Whiskers: 10th to 90th percentile of the model's error. " if mine.p90_s else ""
     if data.lower_bound_s is not None:
         note += (
-            f"Dotted line: no plan in the space is faster than {seconds(data.lower_bound_s)} "
+            f"Green line: no plan in the space is faster than {seconds(data.lower_bound_s)} "
             "under the cost model."
         )
     return (

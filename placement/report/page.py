@@ -126,6 +126,7 @@ def write(data: ReportData, path: str | os.PathLike[str]) -> None:
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as out:
                 out.write(render(data))
+            os.chmod(partial, 0o644)
             os.replace(partial, path)
         except BaseException:
             os.unlink(partial)

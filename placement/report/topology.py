@@ -125,7 +125,9 @@ def _svg(axes, drawn: Window, colour, tip, label: str, scale: float = 1.0) -> st
     per_line = max(1, min(len(planes), 720 // plane_width))
     lines = -(-len(planes) // per_line)
     margin = 34
-    width, height = margin + per_line * plane_width, 18 + lines * plane_height
+    # Small machines are narrower than the names of their axes.
+    width = max(margin + per_line * plane_width, 200)
+    height = 18 + max(lines * plane_height, 90 if len(axes) > 1 else 0)
     parts = [
         f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width} {height}" '
         f'width="{width * scale:.0f}" height="{height * scale:.0f}">',
@@ -133,7 +135,7 @@ def _svg(axes, drawn: Window, colour, tip, label: str, scale: float = 1.0) -> st
     ]
     if len(axes) > 1:
         parts.append(
-            f'<text class="t" transform="translate(12 {20 + rows * _CELL}) rotate(-90)">'
+            f'<text class="t" transform="translate(12 {max(20 + rows * _CELL, 106)}) rotate(-90)">'
             f"{_axis_label(axes[1])} →</text>"
         )
     for n, outer in enumerate(planes):

@@ -1,0 +1,26 @@
+"""meshwright report PLAN.json [--out REPORT.html]: draw a plan as one self-contained HTML page.
+
+example:
+  meshwright report out/plan.json --out out/report.html
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from placement.experiments import _arguments
+
+
+def main(argv: list[str]) -> int:
+    parser = _arguments.parser("report", __doc__)
+    parser.add_argument("plan", help="a plan file")
+    parser.add_argument("--out", help="file to write; the plan's name with .html without it")
+    given = parser.parse_args(argv)
+
+    import placement
+    from placement.report import write_report
+
+    out = given.out or str(pathlib.Path(given.plan).with_suffix(".html"))
+    write_report(placement.Plan.load(given.plan), out)
+    print(f"wrote {out}: open it in a browser")
+    return 0

@@ -2,7 +2,9 @@
 
 A move grows a random set of nodes whose induced subgraph is a tree, and sets all of them to the
 optimum of their tree given the rest (two passes of min-sum dynamic programming), under costs that
-carry the multipliers of the usage limits, scaled by a random factor. A move is kept if it lowers
+carry the multipliers of the usage limits, scaled by a random factor, and half of the time random
+noise, because the best feasible assignment need not be the optimum for any multipliers. A move is
+kept if it lowers
 
     merit = cost + penalty * sum_t max(0, usage_t - limit),
 
@@ -15,26 +17,28 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-_compile = numba.njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
+# Infinities occur, so not all of fastmath; no NaN does, which lets minima be vectorised.
+_compile = numba.njit(
+    cache=True,
+    nogil=True,
+    fastmath={"nnan", "nsz", "arcp", "contract", "reassoc"},
+    error_model="numpy",
+)
 
 
 @_compile
-def _shift_usage(core, i, old, new, use):
-    """Move node i's usage from state old to new; returns the change of the total excess."""
-    change = 0.0
-    limit = core.limit
+def _add_change(core, i, old, new, change):
+    """Add node i's usage change to the difference array; returns its range of time points."""
+    low, high = len(change), 0
     for u in range(core.use_start[i], core.use_start[i + 1]):
         value = core.use_value[u]
         delta = core.amounts[value + new] - core.amounts[value + old]
-        if delta == 0.0:
-            continue
-        before, after = 0.0, 0.0
-        for t in range(core.use_from[u], core.use_to[u]):
-            before += max(0.0, use[t] - limit)
-            use[t] += delta
-            after += max(0.0, use[t] - limit)
-        change += after - before
-    return change
+        if delta != 0.0:
+            change[core.use_from[u]] += delta
+            change[core.use_to[u]] -= delta
+            low = min(low, core.use_from[u])
+            high = max(high, core.use_to[u])
+    return low, high
 
 
 @_compile
@@ -49,12 +53,13 @@ def search(
     most_scored,
     block_size,
     temperature,
+    noise,
     penalty,
     seed,
 ):
     """Run moves from x in place. ``state`` [4]: cost of x, its excess, best cost, its excess.
 
-    Returns the number of complete assignments scored.
+    Usage beyond the limit by 1e-12 of it is rounding. Returns the number of assignments scored.
     """
     np.random.seed(seed)
     n = len(core.offsets) - 1
@@ -63,6 +68,8 @@ def search(
     prefix = np.zeros(n_times + 1)
     for t in range(n_times):
         prefix[t + 1] = prefix[t] + multipliers[t]
+    change = np.zeros(n_times + 1)
+    limit, slack = core.limit, 1e-12 * core.limit
     mark = np.full(n, -1, dtype=np.int64)
     block = np.empty(n, dtype=np.int64)
     parent = np.empty(n, dtype=np.int64)
@@ -114,6 +121,9 @@ def search(
                 if size >= target:
                     break
             at += 1
+        amplitude = 0.0
+        if np.random.random() < 0.5:
+            amplitude = noise * np.exp(8.0 * np.random.random() - 4.0)
         # Own costs given the outside, and prices of usage.
         for s in range(size):
             i = block[s]
@@ -133,6 +143,9 @@ def search(
                     row = core.table[d] + x[j] * k
                     for a in range(k):
                         belief[first + a] += core.cells[row + a]
+            if amplitude > 0.0:
+                for a in range(k):
+                    belief[first + a] -= amplitude * np.log(np.random.random() + 1e-300)
         for s in range(size - 1, 0, -1):
             i, p = block[s], parent[s]
             first = core.offsets[i]
@@ -191,21 +204,38 @@ def search(
             allowance = -temperature * np.log(np.random.random() + 1e-300)
         if state[1] <= 0.0 and rise > allowance:
             continue
-        excess = 0.0
+        low_t, high_t = n_times, 0
         for s in range(size):
             i = block[s]
             if chosen[i] != x[i]:
-                excess += _shift_usage(core, i, x[i], chosen[i], use)
+                low, high = _add_change(core, i, x[i], chosen[i], change)
+                low_t, high_t = min(low_t, low), max(high_t, high)
+        excess = 0.0
+        level = 0.0
+        feasible = state[1] <= 0.0
+        for t in range(low_t, high_t):
+            level += change[t]
+            over = use[t] + level - limit
+            if over > slack:
+                excess += over
+                if feasible:
+                    break
+            if not feasible:
+                excess -= max(0.0, use[t] - limit)
         left = state[1] + excess
-        if left <= 1e-9 * core.limit:
+        if left <= slack:
             left = 0.0
         merit = rise + penalty * (left - state[1])
-        keep = merit <= allowance and (left == 0.0 or state[1] > 0.0)
-        if state[1] > 0.0 and left == 0.0:
+        keep = merit <= allowance and (left == 0.0 or not feasible)
+        if not feasible and left == 0.0:
             keep = True
         if keep:
             state[0] += rise
             state[1] = left
+            level = 0.0
+            for t in range(low_t, high_t):
+                level += change[t]
+                use[t] += level
             for s in range(size):
                 x[block[s]] = chosen[block[s]]
             if (left == 0.0 and (state[3] > 0.0 or state[0] < state[2])) or (
@@ -213,9 +243,6 @@ def search(
             ):
                 state[2], state[3] = state[0], left
                 best_x[:] = x
-        else:
-            for s in range(size):
-                i = block[s]
-                if chosen[i] != x[i]:
-                    _shift_usage(core, i, chosen[i], x[i], use)
+        for t in range(low_t, high_t + 1):
+            change[t] = 0.0
     return scored

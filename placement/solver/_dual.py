@@ -3,8 +3,10 @@
 Usage limits get multipliers lambda_t >= 0 (one per time point), which leaves an unconstrained
 pairwise problem whose bound L(lambda) is raised by tree-reweighted sequential message passing
 (Kolmogorov, "Convergent tree-reweighted message passing", PAMI 2006). Nodes that hang off the
-cyclic core as trees are eliminated exactly, leaves first. lambda follows deflected subgradients
-with Polyak steps (Camerini, Fratta and Maffioli, 1975). Every value is a valid bound:
+cyclic core as trees are eliminated exactly, leaves first. lambda follows multiplicative weights
+(Arora, Hazan and Kale, 2012): lambda_t *= exp(rate * (usage_t / limit - 1)), which needs no scale
+and lets a thousand idle time points vanish; small violations are lifted so that the first feasible
+assignment is not far. Every value is a valid bound:
 
     bound = sum_i min_a theta_i(a) + sum_e min_ab theta_e(a, b) - limit * sum_t lambda_t
 
@@ -16,12 +18,18 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-_compile = numba.njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
+# Infinities occur, so not all of fastmath; no NaN does, which lets minima be vectorised.
+_compile = numba.njit(
+    cache=True,
+    nogil=True,
+    fastmath={"nnan", "nsz", "arcp", "contract", "reassoc"},
+    error_model="numpy",
+)
 
 
 @_compile
 def elimination_order(core):
-    """[N] nodes with tree parts first, leaves inward, and [N] whether a node is such a tree node."""
+    """[N] nodes with tree parts first, leaves inward, and [N] whether a node is in a tree part."""
     n = len(core.offsets) - 1
     degree = np.empty(n, dtype=np.int64)
     order = np.empty(n, dtype=np.int64)
@@ -195,63 +203,73 @@ def cost_of(core, x):
 
 
 @_compile
-def ascend(core, order, rank, is_tree, messages, state, n_steps, target, damping):
+def ascend(core, order, rank, is_tree, messages, state, n_steps, target):
     """Raise the dual bound for ``n_steps`` steps, changing messages and state in place.
 
-    state = (multipliers [T], direction [T], best multipliers [T], x [N] int32 decoded,
-    best_x [N] int32, scalars [5]: best bound, step factor, stale steps, best_x cost, its excess).
-    ``target`` is the best known cost, for step lengths.
+    state = (multipliers [T], best multipliers [T], x [N] int32 decoded last, best_x [N] int32
+    decoded best, scalars [6]: best bound, rate, stale steps, best_x cost, its excess, steps done).
+    Stops early when the gap to the lesser of ``target`` and best_x's cost is closed.
     """
-    multipliers, direction, best_multipliers, x, best_x, scalars = state
+    multipliers, best_multipliers, x, best_x, scalars = state
     n_times = len(core.fixed)
     costs = np.empty(len(core.unary))
     use = np.empty(n_times)
-    for _ in range(n_steps):
+    for done in range(n_steps):
         penalise(core, multipliers, 1.0, costs)
-        sweep(core, costs, order, rank, is_tree, messages, True)
-        bound = sweep(core, costs, order, rank, is_tree, messages, False)
-        price = 0.0
+        n_sweeps = 4 if scalars[5] == 0.0 else 1
+        scalars[5] += 1.0
+        bound = 0.0
+        for _ in range(n_sweeps):
+            sweep(core, costs, order, rank, is_tree, messages, True)
+            bound = sweep(core, costs, order, rank, is_tree, messages, False)
+        priced = 0.0
         for t in range(n_times):
             bound -= multipliers[t] * (core.limit - core.fixed[t])
-            price += multipliers[t]
+            priced = max(priced, multipliers[t])
         decode(core, costs, order, rank, messages, x)
         usage_of(core, x, use)
         excess = 0.0
         for t in range(n_times):
             excess = max(excess, use[t] - core.limit)
         cost = cost_of(core, x)
-        if excess <= 0.0:
+        if excess <= 1e-12 * core.limit:
+            excess = 0.0
             if scalars[4] > 0.0 or cost < scalars[3]:
                 scalars[3], scalars[4] = cost, 0.0
                 best_x[:] = x
+                target = min(target, cost)
         elif scalars[4] > 0.0 and excess < scalars[4]:
             scalars[3], scalars[4] = cost, excess
             best_x[:] = x
-        if scalars[4] == 0.0:
-            target = min(target, scalars[3])
-        if bound > scalars[0] + 1e-6 * abs(scalars[0]):
+        if bound > scalars[0] + 1e-5 * abs(scalars[0]):
             scalars[2] = 0.0
-        else:
+            scalars[1] = min(1.0, scalars[1] * 1.05)
+        elif scalars[4] == 0.0 or bound < scalars[0]:
             scalars[2] += 1.0
         if bound > scalars[0]:
             scalars[0] = bound
             best_multipliers[:] = multipliers
-        if scalars[2] >= 6.0:
+            if target < np.inf and target - bound <= 1e-7 * abs(target):
+                return done + 1
+        if priced == 0.0:
+            if excess > 0.0:
+                # Small against the costs, and equal at all times: usage decides what grows.
+                start = 1e-4 * max(abs(bound), 1e-3 * abs(cost)) / core.limit / n_times
+                multipliers[:] = start
+            continue
+        if scalars[2] >= 8.0:
             scalars[2] = 0.0
-            scalars[1] *= damping
+            scalars[1] = max(0.7 * scalars[1], 1e-3)
             multipliers[:] = best_multipliers
-            direction[:] = 0.0
-        if excess <= 0.0 and price == 0.0:
             continue
-        norm = 0.0
+        highest = 0.0
+        lift = max(1.0, 0.25 * core.limit / excess) if excess > 0.0 else 1.0
         for t in range(n_times):
-            g = (use[t] - core.limit) / core.limit
-            direction[t] = g + 0.6 * direction[t]
-            if multipliers[t] > 0.0 or direction[t] > 0.0:
-                norm += direction[t] * direction[t]
-        if norm == 0.0:
-            continue
-        gap = max(target - bound, 1e-4 * abs(target))
-        step = scalars[1] * gap / norm / core.limit
+            g = use[t] / core.limit - 1.0
+            if g > 0.0:
+                g = min(1.0, g * lift)
+            multipliers[t] *= np.exp(scalars[1] * g)
+            highest = max(highest, multipliers[t])
         for t in range(n_times):
-            multipliers[t] = max(0.0, multipliers[t] + step * direction[t])
+            multipliers[t] = max(multipliers[t], 1e-9 * highest)
+    return n_steps

@@ -1,10 +1,11 @@
 """The form of a table problem that compiled loops read.
 
 What cannot be part of an answer is removed first, exactly: forbidden strategies and strategies
-without an allowed partner across some edge (arc consistency), edges to nodes with one strategy
-(folded into node costs), and time points whose live set lies inside another's or whose usage cannot
-pass the limit whatever is chosen. Forbidden pairs get a finite cost above that of any allowed
-assignment, so that sums of costs keep their precision.
+without an allowed partner across some edge (arc consistency); nodes whose strategies determine
+each other one to one (they become one node); nodes with one strategy; parallel edges (added) and
+edges whose cost is a sum of two node costs; time points whose live set lies inside another's or
+whose usage cannot pass the limit whatever is chosen. Forbidden pairs that remain get a finite cost
+above that of any allowed assignment, so that sums of costs keep their precision.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Core(NamedTuple):
     reverse: np.ndarray
     """[D] int64, the same edge owned by the neighbour."""
     table: np.ndarray
-    """[D] int64 into cells; cell (b, a) of neighbour state b, own state a is table + b*K_own + a."""
+    """[D] int64 into cells; neighbour state b with own state a is at table + b*K_own + a."""
     message: np.ndarray
     """[D+1] int64 offsets of per-own-state messages."""
     cells: np.ndarray
@@ -49,176 +50,207 @@ class Core(NamedTuple):
     amounts: np.ndarray
     """[...] float64, bytes."""
     fixed: np.ndarray
-    """[T] float64, bytes used whatever is chosen (nodes with one strategy)."""
+    """[T] float64, bytes used whatever is chosen; amounts come on top."""
     limit: float
     """bytes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reduced:
-    """A Core with the way back to the problem's own strategy indices."""
+    """A Core with the way back to the P nodes of the problem."""
 
     core: Core
-    kept: np.ndarray
-    """[sum K] int32, the problem's strategy index of each kept strategy."""
+    group: np.ndarray
+    """[P] int64, the core node that decides each problem node; -1 if it has one strategy left."""
+    map_at: np.ndarray
+    """[P+1] int64 offsets into maps."""
+    maps: np.ndarray
+    """int32; the strategy of problem node i where its core node is in state a: map_at[i] + a."""
     constant: float
-    """Cost present in every assignment (nothing at present is dropped from the core)."""
+    """Cost of every allowed assignment that the core leaves out."""
     forbidden: float
     """The finite stand-in for a forbidden pair."""
 
     def lift(self, x: np.ndarray) -> np.ndarray:
-        """[N] int32 strategy indices of the problem from those of the core."""
-        return self.kept[self.core.offsets[:-1] + x].astype(np.int32)
+        """[P] int32 strategy indices of the problem from core states [N]."""
+        state = np.where(self.group >= 0, np.append(x, 0)[self.group], 0)
+        return self.maps[self.map_at[:-1] + state]
 
     def project(self, assignment: np.ndarray) -> np.ndarray:
-        """[N] int32 core states; 0 where the assignment's strategy was removed."""
-        x = np.zeros(len(assignment), dtype=np.int32)
-        for i, s in enumerate(np.asarray(assignment).tolist()):
-            a, b = self.core.offsets[i], self.core.offsets[i + 1]
-            at = np.searchsorted(self.kept[a:b], s)
-            if at < b - a and self.kept[a + at] == s:
-                x[i] = at
+        """[N] int32 core states nearest to an assignment; its first member decides a class."""
+        x = np.zeros(len(self.core.offsets) - 1, dtype=np.int32)
+        k = np.diff(self.map_at)
+        rows = np.repeat(np.arange(len(k)), k)
+        hits = np.flatnonzero(self.maps == np.asarray(assignment)[rows])[::-1]
+        hits = hits[self.group[rows[hits]] >= 0]
+        x[self.group[rows[hits]]] = hits - self.map_at[rows[hits]]
         return x
 
 
 def reduce(problem: Problem) -> Reduced:
     """Exact reduction. Raises InfeasibleError when it proves that nothing is allowed."""
-    k = problem.n_strategies()
-    alive = problem.node_costs < FORBIDDEN
-    emptied = _build.arc_consistency(
-        problem.strategy_offsets,
-        problem.edge_nodes,
-        problem.edge_offsets,
-        problem.edge_costs,
-        FORBIDDEN,
-        alive,
+    p = problem
+    alive, (root, map_at, maps) = _allowed(p)
+    n_states = np.diff(map_at)
+    is_open = (root == np.arange(p.n_nodes)) & (n_states > 1)
+    number = np.cumsum(is_open) - 1
+    group = np.where(n_states > 1, number[root], -1)
+    core_at = np.concatenate([[0], np.cumsum(n_states[is_open])]).astype(np.int64)
+    n_core = len(core_at) - 1
+    graph = (p.strategy_offsets, p.edge_nodes, p.edge_offsets, p.edge_costs)
+    unary, constant, key = _build.fold(*graph, p.node_costs, root, map_at, maps, group, core_at)
+    forbidden = _stand_in(p, alive)
+    keys, slot = _slots(key)
+    pairs = np.stack([keys // max(n_core, 1), keys % max(n_core, 1)], axis=1)
+    k = np.diff(core_at)
+    slot_at = _starts(k[pairs[:, 0]] * k[pairs[:, 1]])
+    cells = _build.gather_tables(
+        *graph, map_at, maps, group, core_at, slot, slot_at, FORBIDDEN, forbidden
     )
-    if emptied >= 0:
-        raise InfeasibleError(
-            f"node {emptied} of {problem.name!r} has no allowed strategy left; "
-            "remove some forbidden costs"
-        )
-    kept_flat = np.flatnonzero(alive)
-    counts = np.add.reduceat(alive.astype(np.int64), problem.strategy_offsets[:-1])
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    kept = (kept_flat - np.repeat(problem.strategy_offsets[:-1], counts)).astype(np.int32)
-    unary = problem.node_costs[kept_flat].astype(np.float64)
-    forbidden = _stand_in(problem, unary)
-    i, j = problem.edge_nodes[:, 0], problem.edge_nodes[:, 1]
-    open_edge = (counts[i] > 1) & (counts[j] > 1)
-    _build.fold_edges(
-        np.flatnonzero(~open_edge),
-        problem.edge_nodes,
-        problem.edge_offsets,
-        problem.edge_costs,
-        k,
-        offsets,
-        kept,
-        unary,
-    )
-    edges = np.flatnonzero(open_edge)
-    ei, ej = i[edges].astype(np.int64), j[edges].astype(np.int64)
-    owner = np.concatenate([ei, ej])
-    other = np.concatenate([ej, ei])
-    order = np.argsort(owner, kind="stable")
-    n_open = len(edges)
-    place = np.empty(2 * n_open, dtype=np.int64)
-    place[order] = np.arange(2 * n_open)
-    partner = np.concatenate([np.arange(n_open, 2 * n_open), np.arange(n_open)])
-    sizes = counts[ei] * counts[ej]
-    table_at = np.concatenate([[0], np.cumsum(np.concatenate([sizes, sizes]))]).astype(np.int64)
-    cells = np.empty(table_at[-1])
-    _build.copy_tables(
-        edges,
-        problem.edge_nodes,
-        problem.edge_offsets,
-        problem.edge_costs,
-        k,
-        offsets,
-        kept,
-        FORBIDDEN,
-        forbidden,
-        table_at,
-        cells,
-    )
-    use_start, use_from, use_to, use_value, amounts, fixed = _usages(
-        problem, counts, offsets, kept, alive
-    )
+    kept = np.flatnonzero(_build.split_separable(pairs, slot_at, cells, core_at, unary))
     core = Core(
-        offsets=offsets,
+        offsets=core_at,
         unary=unary,
-        edge_start=np.concatenate(
-            [[0], np.cumsum(np.bincount(owner, minlength=problem.n_nodes))]
-        ).astype(np.int64),
-        neighbour=other[order].astype(np.int32),
-        reverse=place[partner[order]],
-        table=table_at[:-1][order],
-        message=np.concatenate([[0], np.cumsum(counts[owner[order]])]).astype(np.int64),
-        cells=cells,
-        use_start=use_start,
-        use_from=use_from,
-        use_to=use_to,
-        use_value=use_value,
-        amounts=amounts,
-        fixed=fixed,
-        limit=float(problem.usage_limit) if len(fixed) else 0.0,
+        **_edges(pairs, slot_at, cells, core_at, kept),
+        **_usages(p, n_states, root, map_at, maps, group, core_at),
     )
-    return Reduced(core=core, kept=kept, constant=0.0, forbidden=forbidden)
+    return Reduced(
+        core=core,
+        group=group,
+        map_at=map_at,
+        maps=maps,
+        constant=float(constant),
+        forbidden=forbidden,
+    )
 
 
-def _stand_in(problem: Problem, unary: np.ndarray) -> float:
+def _allowed(p: Problem) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Strategies that arc consistency and one-to-one classes leave, and the classes."""
+    alive = p.node_costs < FORBIDDEN
+    graph = (p.strategy_offsets, p.edge_nodes, p.edge_offsets, p.edge_costs, FORBIDDEN)
+    constrains = _build.forbidding_edges(p.edge_offsets, p.edge_costs, FORBIDDEN)
+    killed = True
+    classes = (np.zeros(0), np.zeros(0), np.zeros(0))
+    while killed:
+        emptied = _build.arc_consistency(*graph, constrains, alive)
+        if emptied >= 0:
+            raise InfeasibleError(
+                f"node {emptied} of {p.name!r} has no allowed strategy left; "
+                "remove some forbidden costs"
+            )
+        *classes, killed = _build.find_classes(*graph, constrains, alive)
+    return alive, tuple(classes)
+
+
+def _stand_in(problem: Problem, alive: np.ndarray) -> float:
     """Above twice the cost of any allowed assignment."""
-    allowed = np.where(problem.edge_costs < FORBIDDEN, problem.edge_costs, 0.0)
-    total = float(unary.max(initial=0.0)) * problem.n_nodes
-    if len(allowed):
+    total = float(problem.node_costs[alive].max(initial=0.0)) * problem.n_nodes
+    if problem.n_edges:
+        allowed = np.where(problem.edge_costs < FORBIDDEN, problem.edge_costs, 0.0)
         total += float(np.maximum.reduceat(allowed, problem.edge_offsets[:-1]).sum())
     return 2.0 * total + 1e-30
 
 
+def _edges(
+    pairs: np.ndarray, slot_at: np.ndarray, cells: np.ndarray, core_at: np.ndarray, kept: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The directed edge arrays of a Core."""
+    k = np.diff(core_at)
+    low, high = pairs[kept, 0], pairs[kept, 1]
+    owner, other = np.concatenate([low, high]), np.concatenate([high, low])
+    m = len(kept)
+    order = np.argsort(owner, kind="stable")
+    place = np.empty(2 * m, dtype=np.int64)
+    place[order] = np.arange(2 * m)
+    partner = np.concatenate([np.arange(m, 2 * m), np.arange(m)])
+    sizes = k[low] * k[high]
+    table_at = _starts(np.concatenate([sizes, sizes]))
+    out = np.empty(table_at[-1])
+    _build.orient(pairs, slot_at, cells, core_at, kept, table_at, out)
+    return {
+        "edge_start": _starts(np.bincount(owner, minlength=len(k))),
+        "neighbour": other[order].astype(np.int32),
+        "reverse": place[partner[order]],
+        "table": table_at[:-1][order],
+        "message": _starts(k[owner[order]]),
+        "cells": out,
+    }
+
+
 def _usages(
-    problem: Problem, counts: np.ndarray, offsets: np.ndarray, kept: np.ndarray, alive: np.ndarray
-) -> tuple[np.ndarray, ...]:
-    n = problem.n_nodes
-    nodes, times = problem.usage_nodes.astype(np.int64), problem.usage_intervals
-    sizes = counts[nodes]
-    value_at = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    rows = np.repeat(problem.usage_offsets[:-1], sizes) + kept[
-        np.repeat(offsets[nodes], sizes) + _within(sizes)
-    ].astype(np.int64)
-    amounts = problem.usages[rows].astype(np.float64)
+    p: Problem,
+    n_states: np.ndarray,
+    root: np.ndarray,
+    map_at: np.ndarray,
+    maps: np.ndarray,
+    group: np.ndarray,
+    core_at: np.ndarray,
+) -> dict:
+    """The usage arrays of a Core; each entry's least amount goes to the fixed usage."""
+    n_core = len(core_at) - 1
+    times = p.usage_intervals
     live = times[:, 0] < times[:, 1]
-    if not np.isfinite(problem.usage_limit) or not live.any():
-        none, flat = np.zeros(0, np.int32), np.zeros(n + 1, np.int64)
-        return flat, none, none, np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
-    most = np.maximum.reduceat(amounts, value_at[:-1])
-    least = np.minimum.reduceat(amounts, value_at[:-1])
+    if not np.isfinite(p.usage_limit) or not live.any():
+        none = np.zeros(0, np.int32)
+        return {
+            "use_start": np.zeros(n_core + 1, np.int64),
+            "use_from": none,
+            "use_to": none,
+            "use_value": np.zeros(0, np.int64),
+            "amounts": np.zeros(0),
+            "fixed": np.zeros(0),
+            "limit": 0.0,
+        }
     points = _maximal_times(times[live])
-    first, last = np.searchsorted(points, times[:, 0]), np.searchsorted(points, times[:, 1])
-    last = np.where(live, last, first)
-    upper = _pile(first, last, most, len(points))
-    binding = upper > problem.usage_limit
-    if _pile(first, last, least, len(points)).max(initial=0.0) > problem.usage_limit * (1 + 1e-12):
-        peak = _pile(first, last, least, len(points)).max()
+    first = np.searchsorted(points, times[:, 0])
+    last = np.searchsorted(points, times[:, 1])
+    owner = group[p.usage_nodes] + 1
+    key = (owner * (len(points) + 1) + first) * (len(points) + 1) + last
+    keys, slot = _slots(np.where(live & (first < last), key, -1))
+    rest, last = np.divmod(keys, len(points) + 1)
+    owner, first = np.divmod(rest, len(points) + 1)
+    sizes = np.where(owner > 0, np.append(np.diff(core_at), 0)[owner - 1], 1)
+    slot_at = _starts(sizes)
+    amounts = _build.gather_usages(
+        p.usages, p.usage_offsets, p.usage_nodes, map_at, maps, group, core_at, slot, slot_at
+    )
+    most = np.maximum.reduceat(amounts, slot_at[:-1]) if len(keys) else np.zeros(0)
+    least = np.minimum.reduceat(amounts, slot_at[:-1]) if len(keys) else np.zeros(0)
+    base = _pile(first, last, least, len(points))
+    if base.max(initial=0.0) > p.usage_limit * (1 + 1e-12):
         raise InfeasibleError(
-            f"{problem.name!r} needs at least {peak:g} bytes at its peak and the usage limit is "
-            f"{problem.usage_limit:g}; raise the limit"
+            f"{p.name!r} needs at least {base.max():g} bytes at its peak and the usage limit is "
+            f"{p.usage_limit:g}; raise the limit"
         )
+    binding = _pile(first, last, most, len(points)) > p.usage_limit
     rank = np.concatenate([[0], np.cumsum(binding)])
     first, last = rank[first], rank[last]
-    varies = (most > least) & (first < last)
-    constant = (first < last) & ~varies
-    fixed = _pile(first[constant], last[constant], least[constant], int(rank[-1]))
-    chosen = np.flatnonzero(varies)
-    chosen = chosen[np.argsort(nodes[chosen], kind="stable")]
-    start = np.concatenate([[0], np.cumsum(np.bincount(nodes[chosen], minlength=n))])
-    return (
-        start.astype(np.int64),
-        first[chosen].astype(np.int32),
-        last[chosen].astype(np.int32),
-        value_at[:-1][chosen],
-        amounts,
-        fixed,
-    )
+    amounts -= np.repeat(least, sizes)
+    chosen = np.flatnonzero((most > least) & (first < last))
+    return {
+        "use_start": _starts(np.bincount(owner[chosen] - 1, minlength=n_core)),
+        "use_from": first[chosen].astype(np.int32),
+        "use_to": last[chosen].astype(np.int32),
+        "use_value": slot_at[:-1][chosen],
+        "amounts": amounts,
+        "fixed": base[binding],
+        "limit": float(p.usage_limit),
+    }
+
+
+def _slots(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted distinct keys >= 0 and, for each key, its index there (-1 for a key of -1)."""
+    keys, inverse = np.unique(key[key >= 0], return_inverse=True)
+    slot = np.full(len(key), -1, dtype=np.int64)
+    slot[key >= 0] = inverse
+    return keys, slot
+
+
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    """[n+1] int64 offsets of consecutive runs of these sizes."""
+    starts = np.zeros(len(sizes) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=starts[1:])
+    return starts
 
 
 def _maximal_times(times: np.ndarray) -> np.ndarray:
@@ -233,9 +265,3 @@ def _pile(first: np.ndarray, last: np.ndarray, amount: np.ndarray, n_points: int
     np.add.at(change, first, amount)
     np.add.at(change, last, -amount)
     return np.maximum(np.cumsum(change)[:-1], 0.0)
-
-
-def _within(sizes: np.ndarray) -> np.ndarray:
-    """0..size-1 for each size, concatenated."""
-    ends = np.cumsum(sizes)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - sizes, sizes)

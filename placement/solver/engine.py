@@ -18,6 +18,7 @@ from graphs.errors import InfeasibleError
 from placement.solver.solution import Progress, Solution
 
 _CLOSED = 1e-6
+_REPAIRS = 12
 
 
 def solve(
@@ -70,14 +71,13 @@ class _Run:
         self.on_progress = on_progress
         self.rng = np.random.default_rng(seed)
         core = self.core
-        n, n_times = problem.n_nodes, len(core.fixed)
+        n, n_times = len(core.offsets) - 1, len(core.fixed)
         self.order, self.is_tree = _dual.elimination_order(core)
         self.rank = np.empty(n, dtype=np.int64)
         self.rank[self.order] = np.arange(n)
         self.messages = np.zeros(core.message[-1])
-        self.scalars = np.array([-np.inf, 1.0, 0.0, np.inf, np.inf])
+        self.scalars = np.array([-np.inf, 1.0, 0.0, np.inf, np.inf, 0.0])
         self.dual_state = (
-            np.zeros(n_times),
             np.zeros(n_times),
             np.zeros(n_times),
             np.zeros(n, dtype=np.int32),
@@ -96,7 +96,8 @@ class _Run:
         """Take x as the best if it is."""
         use = np.empty(len(self.core.fixed))
         self._dual.usage_of(self.core, x, use)
-        excess = float(np.maximum(use - self.core.limit * (1 + 1e-12), 0.0).sum())
+        over = use - self.core.limit
+        excess = float(over[over > 1e-12 * self.core.limit].sum())
         cost = self._dual.cost_of(self.core, x)
         if cost >= self.reduced.forbidden:
             excess += 1e300
@@ -118,22 +119,28 @@ class _Run:
             Progress(
                 elapsed_s=time.monotonic() - self.start,
                 assignment=self.reduced.lift(self.best) if feasible else None,
-                cost=self.best_cost if feasible else math.inf,
-                lower_bound=float(self.scalars[0]),
+                cost=self.best_cost + self.reduced.constant if feasible else math.inf,
+                lower_bound=float(self.scalars[0]) + self.reduced.constant,
                 evaluations=self.evaluations,
             )
         )
 
     def closed(self) -> bool:
         gap = self.best_cost - self.scalars[0]
-        return self.best_excess == 0.0 and gap <= _CLOSED * abs(self.best_cost)
+        whole = abs(self.best_cost + self.reduced.constant)
+        return self.best_excess == 0.0 and gap <= _CLOSED * whole
+
+    def impossible(self) -> bool:
+        """The bound has passed the cost of every allowed assignment, so none is feasible."""
+        return self.best_excess > 0.0 and self.scalars[0] > 0.6 * self.reduced.forbidden
 
     def improve(self) -> None:
+        """Alternate until closed, quiet or out of limits; at least one round, so as to answer."""
         quiet = 0
-        while not self.expired() and not self.closed():
+        while True:
             before = (self.best_excess, self.best_cost, float(self.scalars[0]))
             self.raise_bound()
-            self.local_search(self.dual_state[3])
+            self.local_search(self.dual_state[2])
             if self.best is not None:
                 self.local_search(self.best)
             gained = (
@@ -142,14 +149,15 @@ class _Run:
                 or self.scalars[0] > before[2] + 1e-4 * abs(self.best_cost)
             )
             quiet = 0 if gained else quiet + 1
-            if quiet >= 40 and self.best_excess == 0.0 and self.problem.n_nodes < 5000:
+            settled = quiet >= 40 and self.best_excess == 0.0 and len(self.order) < 2000
+            if settled or self.closed() or self.impossible() or self.expired():
                 break
 
     def raise_bound(self) -> None:
         began = time.monotonic()
-        target = self.best_cost if self.best_excess == 0.0 else self._guess()
+        target = self.best_cost if self.best_excess == 0.0 else math.inf
         n_steps = int(min(10, self.budget - self.evaluations))
-        self._dual.ascend(
+        self.evaluations += self._dual.ascend(
             self.core,
             self.order,
             self.rank,
@@ -158,64 +166,60 @@ class _Run:
             self.dual_state,
             n_steps,
             target,
-            0.7,
         )
-        self.evaluations += n_steps
+        self.offer(self.dual_state[2])
         self.offer(self.dual_state[3])
-        self.offer(self.dual_state[4])
-        if self.scalars[1] < 1e-4:
-            self.scalars[1] = 0.3
         self.step_s = time.monotonic() - began
 
-    def _guess(self) -> float:
-        """A target for step lengths before anything feasible is known."""
-        bound = float(self.scalars[0])
-        return bound + 0.1 * abs(bound) if math.isfinite(bound) else 1e3
-
     def local_search(self, x: np.ndarray) -> None:
+        """Improve x under the present prices; if it breaks the limit, repair it first."""
         core, x = self.core, x.copy()
         use = np.empty(len(core.fixed))
         self._dual.usage_of(core, x, use)
-        excess = float(np.maximum(use - core.limit, 0.0).sum())
         cost = self._dual.cost_of(core, x)
+        excess = float(np.maximum(use - core.limit, 0.0).sum())
         state = np.array([cost, excess, cost, excess])
         best_x = x.copy()
-        multipliers = self.dual_state[2]
-        positive = multipliers[multipliers > 0.0]
-        penalty = (
-            2.0 * float(positive.mean())
-            if len(positive)
-            else 1e-3 * abs(cost) / (core.limit or 1.0)
-        )
-        n_moves = 2000
-        for _ in range(3 if excess > 0 else 1):
-            left = int(min(n_moves, self.budget - self.evaluations))
-            self.evaluations += self._blocks.search(
-                core,
-                x,
-                use,
-                best_x,
-                state,
-                multipliers,
-                n_moves,
-                left,
-                20,
-                0.0,
-                penalty,
-                int(self.rng.integers(2**31)),
-            )
-            if state[1] == 0.0:
+        prices = self.dual_state[1]
+        penalty = max(float(prices.max(initial=0.0)), 1e-4 * abs(cost) / (core.limit or 1.0))
+        for _ in range(_REPAIRS):
+            repairing = state[1] > 0.0
+            if repairing:
+                penalty *= 3.0
+                prices = prices + penalty * (use > core.limit)
+            self._search(x, use, best_x, state, prices, penalty, 300 if repairing else 2000)
+            if not repairing or self.expired():
                 break
-            penalty *= 4.0
         self.offer(best_x)
 
+    def _search(self, x, use, best_x, state, prices, penalty, n_moves) -> None:
+        self.evaluations += self._blocks.search(
+            self.core,
+            x,
+            use,
+            best_x,
+            state,
+            prices,
+            n_moves,
+            int(min(n_moves, self.budget - self.evaluations)),
+            20,
+            0.0,
+            abs(float(state[0])) / max(len(x), 1),
+            penalty,
+            int(self.rng.integers(2**31)),
+        )
+
     def solution(self, *, with_bound: bool) -> Solution:
-        x = self.best if self.best is not None else np.zeros(self.problem.n_nodes, dtype=np.int32)
+        x = self.best if self.best is not None else np.zeros(len(self.rank), dtype=np.int32)
         assignment = self.reduced.lift(x)
         cost = self.problem.cost(assignment)
         feasible = cost < FORBIDDEN and self.problem.is_feasible(assignment)
-        lower = min(float(self.scalars[0]), cost) if with_bound else -math.inf
-        status = "unknown"
+        lower = -math.inf
+        if with_bound:
+            lower = float(self.scalars[0]) + self.reduced.constant
+            if feasible:
+                lower = min(lower, cost)
+        status = "infeasible" if self.impossible() else "unknown"
         if feasible:
             status = "optimal" if self.closed() else "feasible"
         return Solution(

@@ -48,7 +48,9 @@ def exact(problem: Problem, *, time_limit_s: float = 60.0) -> Solution:
         return _nothing(problem, start, "infeasible")
     values = np.array(highs.getSolution().col_value)
     info = highs.getInfo()
-    lower = info.mip_dual_bound * scale if math.isfinite(info.mip_dual_bound) else -math.inf
+    lower = -math.inf
+    if math.isfinite(info.mip_dual_bound):
+        lower = info.mip_dual_bound * scale + reduced.constant
     if len(values) < n_choices or info.primal_solution_status != 2:
         return _nothing(problem, start, "unknown", lower)
     x = np.array(

@@ -211,6 +211,7 @@ class _Search:
         import jax
 
         from cost_model.estimate import estimate
+        from cost_model.timeline import timeline
         from placement.decode import decode
         from placement.explain import reasons
         from placement.plan import Plan
@@ -225,6 +226,7 @@ class _Search:
             status = "time_limit"
         inputs, outputs, results, operands = decode(best.simulator.tables, best.choices)
         shapes = jax.eval_shape(train_step, *abstract_args)
+        drawn = timeline(best.simulator, best.choices)
         lower = min((self._simulation_bound(c) for c in self.candidates), default=0.0)
         return Plan(
             cluster=best.layout.cluster.notation,
@@ -256,6 +258,10 @@ class _Search:
                 for c in sorted(self.candidates, key=lambda c: c.score)
             ),
             reasons=reasons(best, self.candidates),
+            timeline=tuple(
+                (x.lane, x.name, x.kind, x.start_s, x.end_s) for x in drawn.stretches
+            ),
+            memory_over_time=drawn.memory,
             trees=(jax.tree.structure(tuple(abstract_args)), jax.tree.structure(shapes)),
         )
 

@@ -77,6 +77,10 @@ class Plan:
     """What else was considered: mesh shape, optimizer, simulated seconds, memory, fits."""
     reasons: tuple[str, ...] = ()
     """Sentences for :meth:`explain`."""
+    timeline: tuple[tuple[str, str, str, float, float], ...] = ()
+    """The simulated step: (lane, name, kind, start_s, end_s)."""
+    memory_over_time: tuple[tuple[float, float], ...] = ()
+    """(time_s, live bytes of a device from then on)."""
     trees: Any = dataclasses.field(default=None, compare=False, repr=False)
     """(argument tree, result tree) definitions; None after loading until :meth:`bind`."""
 
@@ -202,7 +206,7 @@ class Plan:
         import jax
 
         return jax.sharding.AbstractMesh(
-            tuple(self.mesh_shape.values()), tuple(self.mesh_shape), axis_types=None
+            tuple(self.mesh_shape.values()), tuple(self.mesh_shape)
         )
 
     # -- reading it -----------------------------------------------------------
@@ -303,6 +307,8 @@ class Plan:
         fields["operands"] = {(int(o), int(t)): spec(s) for o, t, s in data["operands"]}
         for key in ("donate_argnums", "warnings", "alternatives", "reasons"):
             fields[key] = tuple(data[key])
+        for key in ("timeline", "memory_over_time"):
+            fields[key] = tuple(tuple(x) for x in fields.get(key, ()))
         plan = cls(**fields)
         plan.layout()
         return plan

@@ -11,6 +11,8 @@ from placement.report.words import escape, memory, seconds, share
 _WIDTH = 4000
 """Units of the timeline's drawing; events under one unit are joined with their neighbours."""
 _COLOURS = 8
+REPEATS = "further turns of a loop"
+"""Kind of the stretches that stand for the turns of a loop after its first; drawn in grey."""
 
 
 def timeline(events: tuple[Event, ...]) -> str:
@@ -21,6 +23,8 @@ def timeline(events: tuple[Event, ...]) -> str:
     start_s = min(e.start_s for e in events)
     span_s = max(end_s - start_s, 1e-12)
     kinds = list(dict.fromkeys(e.kind for e in events))
+    colours = {kind: i % (_COLOURS - 1) for i, kind in enumerate(k for k in kinds if k != REPEATS)}
+    colours[REPEATS] = _COLOURS - 1
     lanes: dict[str, list[Event]] = {}
     for event in events:
         lanes.setdefault(event.lane, []).append(event)
@@ -30,7 +34,7 @@ def timeline(events: tuple[Event, ...]) -> str:
         rects = "".join(
             f'<rect x="{(e.start_s - start_s) / span_s * _WIDTH:.2f}" y="0" '
             f'width="{max((e.end_s - e.start_s) / span_s * _WIDTH, 0.6):.2f}" height="20" '
-            f'class="k{kinds.index(e.kind) % _COLOURS}"><title>{escape(e.name)}: '
+            f'class="k{colours[e.kind]}"><title>{escape(e.name)}: '
             f"{seconds(e.end_s - e.start_s)}</title></rect>"
             for e in joined
         )
@@ -43,8 +47,7 @@ def timeline(events: tuple[Event, ...]) -> str:
         )
     ticks = "".join(f"<span>{seconds(start_s + span_s * i / 4)}</span>" for i in range(5))
     legend = "".join(
-        f'<li><b class="k{i % _COLOURS}"></b>{escape(kind or "other")}</li>'
-        for i, kind in enumerate(kinds)
+        f'<li><b class="k{colours[kind]}"></b>{escape(kind or "other")}</li>' for kind in kinds
     )
     return (
         "<label class=zoom>Magnify <input type=range min=1 max=40 value=1 id=zoom></label>"
@@ -149,7 +152,12 @@ def comparison(data: ReportData) -> str:
     if data.lower_bound_s is not None:
         bound = f'<u style="left:{100 * data.lower_bound_s / longest:.2f}%"></u>'
     body = "".join(_comparison_row(r, data, longest, bound) for r in rows)
-    note = "Whiskers: 10th to 90th percentile of the model's error. " if mine.p90_s else ""
+    if not data.baselines:
+        note = "Plan with baselines=true to see the hand-tuned rules beside it. "
+    else:
+        note = ""
+    if mine.p90_s:
+        note += "Whiskers: 10th to 90th percentile of the model's error. "
     if data.lower_bound_s is not None:
         note += (
             f"Green line: no plan in the space is faster than {seconds(data.lower_bound_s)} "

@@ -80,17 +80,19 @@ def costs(data: ReportData) -> str:
     if not data.costs:
         return "<p class=note>This plan carries no breakdown.</p>"
     rows = sorted(data.costs, key=lambda c: (-c.exposed_time_s, -c.time_s))
-    body = "".join(
-        f"<tr><td>{escape(c.name)}<td>{escape(c.kind)}<td class=n>{seconds(c.time_s)}"
-        f"<td class=n>{seconds(c.exposed_time_s)}"
-        f"<td class=n>{share(c.exposed_time_s, data.step_time_s)}"
-        f"<td class=n>{f'{c.n_calls:,.0f}' if c.n_calls else ''}"
-        f"<td class=n>{memory(c.moved_bytes) if c.moved_bytes else ''}"
-        for c in rows
-    )
-    return table(
-        "what, kind, busy>, adds to the step>, of the step>, times>, moved per device>", body
-    )
+    counted = any(c.n_calls or c.moved_bytes for c in rows)
+    columns = "what, kind, busy>, adds to the step>, of the step>"
+    body = ""
+    for c in rows:
+        body += (
+            f"<tr><td>{escape(c.name)}<td>{escape(c.kind)}<td class=n>{seconds(c.time_s)}"
+            f"<td class=n>{seconds(c.exposed_time_s)}"
+            f"<td class=n>{share(c.exposed_time_s, data.step_time_s)}"
+        )
+        if counted:
+            moved = memory(c.moved_bytes) if c.moved_bytes else ""
+            body += f"<td class=n>{c.n_calls:,.0f}<td class=n>{moved}"
+    return table(columns + (", times>, moved per device>" if counted else ""), body)
 
 
 def searched(rows: tuple[CandidateRow, ...]) -> str:

@@ -19,10 +19,15 @@ Switched networks (``nvlink``, ``network``, ``dcn``, ``core``, ``host``): every 
 of W; hierarchical groups do the inner level on V and the outer level on 1/g of V per device, where
 g is the group's devices within one outer unit: ``T = max_i V (n_i-1)/n_i / (g_i W_i)``
 (scaling-book, gpus.md, "Cross-node collectives": bytes * max_i (D_i - 1) / (D_i W_i), W_i the
-egress of a whole unit). Levels are pipelined on GPUs (max) and follow one another on TPUs (sum).
+egress of a whole unit; an all-reduce over more than two nodes runs on trees and sends all of V:
+NVIDIA/nccl-tests issue 309 has 366 GB/s on 4 nodes). Levels are pipelined on GPUs (max) and follow one another on TPUs (sum).
 
-Latency: ``collective_latency_s`` once, then per factor one hop latency per step: n/2 on a ring,
-n - 1 on a line, and on switches the fewer of n - 1 (ring) and 2 log2 n (tree).
+On parts whose NVLink switch reduces (``in_network_reduction`` above 1) the inner level of an
+all-reduce is that much faster than a ring (scaling-book, gpus.md, "In network reductions").
+
+Latency: ``collective_latency_s`` once, then one hop latency per step: n/2 on a ring, n - 1 on a
+line and for gathers and scatters on switches (NCCL has only rings for them), 2 log2 n for an
+all-reduce on switches (trees).
 """
 
 from __future__ import annotations
@@ -127,7 +132,7 @@ def collective_rates(kind: str, layout: MeshLayout, axes: tuple[int, ...]) -> tu
                 f"use 0 to {len(layout.placement) - 1}"
             )
     physical = layout.cluster.physical_axes
-    factors = [f for a in sorted(set(axes)) for f in layout.placement[a] if f.size > 1]
+    factors = _merge([f for a in sorted(set(axes)) for f in layout.placement[a] if f.size > 1])
     lanes = dict.fromkeys(p.kind for p in physical)
     rates = []
     for lane in lanes:
@@ -139,6 +144,17 @@ def collective_rates(kind: str, layout: MeshLayout, axes: tuple[int, ...]) -> tu
         inner = math.prod(f.size for f in factors if f.axis > last)
         rates.append(_lane_rate(kind, lane, here, inner, layout))
     return tuple(rates)
+
+
+def _merge(factors: list[Factor]) -> list[Factor]:
+    """Factors of one physical axis joined: together they have that axis' links once."""
+    joined: dict[int, Factor] = {}
+    for f in factors:
+        g = joined.get(f.axis, f)
+        if g is not f:
+            g = Factor(axis=f.axis, size=f.size * g.size, stride=min(f.stride, g.stride))
+        joined[f.axis] = g
+    return [joined[axis] for axis in sorted(joined)]
 
 
 def _lane_rate(
@@ -165,6 +181,10 @@ def _lane_rate(
             if torus
             else physical[here[0].axis].bandwidth_bytes_per_s
         )
+        if kind == "all_reduce" and lane == "nvlink":
+            bandwidth *= layout.cluster.device.in_network_reduction
+        if kind == "all_reduce" and lane == "network" and n > 2:
+            share = 1.0  # trees send the whole buffer up and down
         seconds = passes * share / inner / bandwidth
         wire = passes * share / inner
     return LaneRate(
@@ -172,7 +192,7 @@ def _lane_rate(
         axes=tuple(physical[f.axis].name for f in here),
         seconds_per_byte=seconds,
         wire_bytes_per_byte=wire,
-        latency_s=passes * sum(_steps(kind, f, layout) * physical[f.axis].latency_s for f in here),
+        latency_s=_hop_latency_s(kind, here, layout),
     )
 
 
@@ -201,14 +221,21 @@ def _bisection_s(f: Factor, layout: MeshLayout) -> float:
     return f.size * _sharing(f, layout) / ((8 if _is_ring(f, layout) else 4) * w)
 
 
-def _steps(kind: str, f: Factor, layout: MeshLayout) -> float:
-    """Hops that the last byte waits for."""
+def _hop_latency_s(kind: str, here: list[Factor], layout: MeshLayout) -> float:
+    """Seconds that the last byte waits for hops on this lane."""
+    physical = layout.cluster.physical_axes
     if kind == "collective_permute":
-        return _sharing(f, layout)
-    if layout.cluster.physical_axes[f.axis].kind == "ici":
-        hops = f.size // 2 if _is_ring(f, layout) else f.size - 1
-        return hops * _sharing(f, layout)
-    return min(f.size - 1, 2 * math.log2(f.size))
+        return sum(_sharing(f, layout) * physical[f.axis].latency_s for f in here)
+    n = math.prod(f.size for f in here)
+    hop = physical[here[0].axis].latency_s
+    if physical[here[0].axis].kind == "ici":
+        hops = sum(
+            (f.size // 2 if _is_ring(f, layout) else f.size - 1) * _sharing(f, layout) for f in here
+        )
+        return hops * hop * (2 if kind == "all_reduce" else 1)
+    if kind == "all_reduce":
+        return 2 * min(n - 1, math.log2(n)) * hop
+    return (n - 1) * hop
 
 
 def _max(values: object) -> np.ndarray:

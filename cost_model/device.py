@@ -83,6 +83,8 @@ class Device:
     """chips in the largest slice; 0 where there is no limit."""
     domain_size: int
     """GPUs in one NVLink domain; 0 for others."""
+    in_network_reduction: float
+    """how much faster an NVLink all-reduce is than a ring; 1 without reduction in the switch."""
     core_bandwidth_bytes_per_s: float
     """between JAX devices of one chip, one direction; 0 where a chip is one device."""
     inter_node_bandwidth_bytes_per_s: float
@@ -228,7 +230,9 @@ def _build(where: str, values: dict[str, Any], sources: dict[str, str]) -> Devic
         ),
         0,
     )
-    defaults |= dict(inter_node_efficiency=1.0, inter_slice_efficiency=1.0)
+    defaults |= dict(
+        inter_node_efficiency=1.0, inter_slice_efficiency=1.0, in_network_reduction=1.0
+    )
     known = {f.name: f for f in dataclasses.fields(Device) if f.name != "sources"}
     unknown = sorted(set(values) - set(known))
     if unknown:

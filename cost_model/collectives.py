@@ -20,7 +20,8 @@ of W; hierarchical groups do the inner level on V and the outer level on 1/g of 
 g is the group's devices within one outer unit: ``T = max_i V (n_i-1)/n_i / (g_i W_i)``
 (scaling-book, gpus.md, "Cross-node collectives": bytes * max_i (D_i - 1) / (D_i W_i), W_i the
 egress of a whole unit; an all-reduce over more than two nodes runs on trees and sends all of V:
-NVIDIA/nccl-tests issue 309 has 366 GB/s on 4 nodes). Levels are pipelined on GPUs (max) and follow one another on TPUs (sum).
+NVIDIA/nccl-tests issue 309 has 366 GB/s on 4 nodes). Levels are pipelined on GPUs (max) and
+follow one another on TPUs (sum).
 
 On parts whose NVLink switch reduces (``in_network_reduction`` above 1) the inner level of an
 all-reduce is that much faster than a ring (scaling-book, gpus.md, "In network reductions").

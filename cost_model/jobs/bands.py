@@ -4,7 +4,7 @@
 
 q10 and q90 are quantiles of log(measured / predicted) over held-out rows of the job's kind: its
 accelerator's vendor, dense or with experts, 16-bit or narrower. A source weighs as the square root
-of its rows. A kind with few rows borrows from all rows: quantiles are mixed n/(n + 10) to 10/(n + 10).
+of its rows. A kind with few rows borrows from all: quantiles are mixed n/(n + 10) to 10/(n + 10).
 The coverage reported for a source comes from the bands of the other sources.
 """
 
@@ -25,7 +25,6 @@ from cost_model.jobs.hardware import FAMILIES
 FILE = pathlib.Path(__file__).with_name("bands.yaml")
 BORROW = 10.0
 _TPU = FAMILIES.index("tpu")
-# the 80 % interval of a finite sample is widened so that a new row falls inside as often
 _LOW, _HIGH = 0.1, 0.9
 
 

@@ -106,9 +106,13 @@ class Jobs:
     master_bytes: np.ndarray
     """bytes per parameter of optimizer state: 12 for an fp32 copy and two moments."""
     attention_speed: np.ndarray
-    """speed of the fused attention kernel against FlashAttention-2's class."""
+    """speed of the fused attention kernel against the best of its device."""
     engine_sync: np.ndarray
     """1: host and device wait for each other at every layer."""
+    caching_allocator: np.ndarray
+    """1: freed memory is cached and flushed when memory runs short."""
+    staged_network: np.ndarray
+    """1: network transfers pass through host memory."""
     fp32_pointwise: np.ndarray
     """1: an uncompiled program casts norms and rotary embeddings to fp32 and back."""
     cuda_graphs: np.ndarray

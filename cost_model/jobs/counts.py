@@ -73,6 +73,11 @@ def parameters(jobs: Jobs) -> Parameters:
     )
 
 
+def microbatches(jobs: Jobs) -> np.ndarray:
+    """[J] forward passes of one rank in a step."""
+    return np.maximum(jobs.global_batch / (jobs.dp * jobs.micro_batch), 1.0)
+
+
 def layers_per_stage(jobs: Jobs) -> tuple[np.ndarray, np.ndarray]:
     """[J] layers of a middle stage and of the last stage.
 

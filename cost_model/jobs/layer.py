@@ -27,6 +27,10 @@ LOGIT_BYTES = 26.0
 _KERNELS_COMPILED, _KERNELS_EAGER, _KERNELS_EXPERT = 16.0, 28.0, 40.0
 _ATTENTION_BLOCK = 512.0
 """keys that a windowed attention kernel loads at once."""
+_UNALIGNED = 0.25
+"""fp16 rate outside the matrix units over the rate inside (A100 datasheet: 78 of 312 TFLOP/s)."""
+_NVFP4_GAIN = 1.6
+"""nvfp4 over fp8 in a job: twice the rate, with the first and last layers in bf16."""
 _EXPERT_TILE = 128.0
 """rows of a grouped matmul that are wasted where one expert's rows end."""
 
@@ -76,7 +80,7 @@ def rates(jobs: Jobs, constants: Constants) -> Rates:
     d = jobs.device
     wide = d.matmul_flops_per_s * constants.of("matmul_share", d.family)
     low = jobs.matmul_bytes < 2
-    gain = d.low_precision_gain * np.where(jobs.matmul_bytes < 1, 2.0, 1.0)
+    gain = d.low_precision_gain * np.where(jobs.matmul_bytes < 1, _NVFP4_GAIN, 1.0)
     kept = 1 + (gain - 1) * constants.of("low_precision_share", d.family)
     return Rates(
         matmul=np.where(low, wide * kept, wide),
@@ -153,6 +157,9 @@ def core(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
     if jobs.fused_attention.all():
         return flash
     how = _how(jobs, rate, constants, low=False)
+    # rows that do not start on 16 bytes keep a batched matmul off the matrix units
+    aligned = np.mod(jobs.head_dim, 8.0) == 0
+    how["flops_per_s"] = how["flops_per_s"] * np.where(aligned, 1.0, _UNALIGNED)
     count = jobs.micro_batch * heads / jobs.cp
     scores = matmul_s(s, s, jobs.head_dim, batch=count, **how)
     values = matmul_s(s, jobs.v_head_dim, s, batch=count, **how)

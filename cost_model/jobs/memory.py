@@ -18,7 +18,6 @@ import numpy as np
 from cost_model.jobs import counts, layer
 from cost_model.jobs.columns import Jobs
 from cost_model.jobs.constants import Constants
-from cost_model.jobs.step import microbatches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,7 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
 
     kept, full = kept_bytes(jobs)
     kept = kept * (1 - jobs.offload)
-    m = microbatches(jobs)
+    m = counts.microbatches(jobs)
     flight = np.minimum(jobs.pp, m) * (1 + (jobs.pp - 1) / (jobs.pp * jobs.vpp) * (jobs.vpp > 1))
     redone = full - kept / np.maximum(1 - jobs.offload, 1e-6)
     working = np.maximum(redone, 0.0) + np.where(

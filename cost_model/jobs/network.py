@@ -94,12 +94,21 @@ def reduce_s(full_bytes: np.ndarray, group: Group, network: Network) -> np.ndarr
     return 2.0 * gather_s(full_bytes, group, network)
 
 
-def exchange_s(sent_bytes: np.ndarray, group: Group, network: Network) -> np.ndarray:
-    """[J] all-to-all in which each member holds `sent_bytes` for all members together."""
+def exchange_s(
+    token_bytes: np.ndarray, copies: np.ndarray, group: Group, network: Network
+) -> np.ndarray:
+    """[J] all-to-all of a device's tokens, `token_bytes` together, each to `copies` members.
+
+    A token crosses to a far domain once, however many of its copies live there, and is handed on
+    over the fast network (DeepSeek-V3, arXiv:2412.19437, section 3.2.2): with copies spread evenly
+    over F domains a far one is met with probability 1 - (1 - 1/F)^copies.
+    """
     g, p = group.size, group.near
-    fast = sent_bytes * (p - 1) / g / group.fast_bytes_per_s
-    slow = sent_bytes * (g - p) / g / network.slow_bytes_per_s
-    return np.where(g > 1, fast + slow + np.sqrt(g) * network.latency_s, 0.0)
+    far = np.maximum(g / p, 1.0)
+    met = (far - 1) * (1 - (1 - 1 / far) ** copies)
+    fast = token_bytes * copies * (p - 1) / p / group.fast_bytes_per_s
+    slow = token_bytes * met / network.slow_bytes_per_s
+    return np.where(g > 1, np.maximum(fast, slow) + np.sqrt(g) * network.latency_s, 0.0)
 
 
 def _hops(size: np.ndarray, far: np.ndarray) -> np.ndarray:

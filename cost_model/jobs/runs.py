@@ -227,7 +227,7 @@ def _product(line: int, row_id: str, device: str, numbers: dict[str, float | Non
                 line=line,
                 row_id=row_id,
                 column="ep",
-                problem=f"{ep:g} does not divide {numbers['n_experts']:g} experts; choose a divisor",
+                problem=f"{ep:g} does not divide {numbers['n_experts']:g} experts; use a divisor",
             )
         ]
     return []
@@ -330,14 +330,17 @@ def _record(
         **{
             name: stack_facts[name]
             for name in (
-                "fused_attention compiled tp_overlap dp_overlap grad_bytes grad_store_bytes weight_bytes "
-                "master_bytes cuda_graphs attention_speed engine_sync fp32_pointwise"
+                "fused_attention compiled tp_overlap dp_overlap grad_bytes grad_store_bytes "
+                "weight_bytes master_bytes cuda_graphs attention_speed engine_sync fp32_pointwise "
+                "staged_network caching_allocator"
             ).split()
         },
     }
     if record["ep"] > 1 and dp * tp * cp % record["ep"]:
         assumed.append(f"ep {math.gcd(int(record['ep']), int(dp * tp * cp))}")
         record["ep"] = float(math.gcd(int(record["ep"]), int(dp * tp * cp)))
+    if device.family[0] == hardware.FAMILIES.index("hopper"):
+        record["attention_speed"] *= stack_facts["attention_speed_hopper"]
     network = stack_facts.get("network_gbit_s")
     return record, (network * 1e9 / 8 * 0.92 if network else None), assumed, full
 

@@ -1,7 +1,7 @@
 """Seconds of one optimizer step of J whole jobs.
 
     T = [ m max_stage + (pp - 1)/vpp mean_stage + p2p + first gather + gradient reduction
-          + optimizer ] * (1 + spread log2(nodes))
+          + optimizer ] * (1 + spread log2(nodes) + flush)
 
 m microbatches of the 1F1B or interleaved schedule (arXiv:2104.04473, section 2.2: the bubble is
 (pp - 1)/vpp microbatches). A stage is its layers, forward, backward and recomputed, and the head on
@@ -21,6 +21,7 @@ import numpy as np
 from cost_model.jobs import counts, layer, network
 from cost_model.jobs.columns import Jobs
 from cost_model.jobs.constants import Constants
+from cost_model.jobs.memory import memory
 
 _DEVICES_PER_NODE = 8.0
 
@@ -48,12 +49,7 @@ class StepTime:
     host_s: np.ndarray
     """the device waiting for the host."""
     spread_s: np.ndarray
-    """waiting for the slowest node."""
-
-
-def microbatches(jobs: Jobs) -> np.ndarray:
-    """[J] forward passes of one rank in a step."""
-    return np.maximum(jobs.global_batch / (jobs.dp * jobs.micro_batch), 1.0)
+    """waiting for the slowest node, and for an allocator that runs short."""
 
 
 def step_time(jobs: Jobs, constants: Constants) -> StepTime:
@@ -64,10 +60,12 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
 
     rate = layer.rates(jobs, constants)
     t = layer.tokens(jobs)
-    m = microbatches(jobs)
+    m = counts.microbatches(jobs)
     groups = network.groups(jobs, c("fast_share"))
     net = network.Network(
-        slow_bytes_per_s=jobs.device.network_bytes_per_s * c("slow_share"),
+        slow_bytes_per_s=jobs.device.network_bytes_per_s
+        * c("slow_share")
+        * np.where(jobs.staged_network > 0, c("staged_share"), 1.0),
         latency_s=c("hop_latency_s"),
     )
     params = counts.parameters(jobs)
@@ -89,8 +87,8 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
     pairs = 2.0 * (2.0 - moe_share) + redone_pairs
     hidden = np.where(jobs.tp_overlap > 0, c("tp_exposed"), 1.0)
     tensor = network.reduce_s(activation, groups["tp"], net) * pairs * hidden
-    copies = activation / jobs.tp * jobs.experts_per_token
-    expert = network.exchange_s(copies, groups["ep"], net) * 4.0 * moe_share
+    expert = network.exchange_s(activation / jobs.tp, jobs.experts_per_token, groups["ep"], net)
+    expert = expert * 4.0 * moe_share
     key_bytes = 2.0 * t * jobs.cp * np.maximum(jobs.n_kv_heads / jobs.tp, 1.0)
     key_bytes = key_bytes * (jobs.head_dim + jobs.v_head_dim)
     key_time = network.gather_s(key_bytes, groups["cp"], net)
@@ -159,6 +157,11 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
     total = pipeline + first_gather + gradient + optimizer
     nodes = np.maximum(jobs.n_devices / _DEVICES_PER_NODE, 1.0)
     spread = total * c("spread") * np.log2(nodes)
+    # a caching allocator that runs short frees and allocates within the step
+    held = memory(jobs, constants)
+    short = np.clip((held.peak_bytes / held.capacity_bytes - 0.85) / 0.15, 0.0, 1.0)
+    flush = total * short * jobs.caching_allocator * c("flush_share")
+    spread = spread + flush
     used = m * jobs.n_layers / jobs.pp
     compute = used * (work.forward + work.backward) + m * head.total / jobs.pp
     parts = {

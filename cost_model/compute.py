@@ -1,12 +1,36 @@
-"""Seconds of an operator on one device, vectorised over shapes.
+r"""Seconds of an operator on one device, vectorised over shapes.
 
-First principles: a matrix multiplication takes the longer of its flops on shapes rounded up to the
-matrix unit and its bytes through device memory, plus a start; everything else is bound by bytes or
-by vector flops. Where ``cost_model/calibration`` has a fitted table for the device, its constants
-replace the defaults.
+A matrix multiplication of ``b`` products [m, k] @ [k, n] takes, in cycles of the core clock,
+
+    start + (compute^p + memory^p + drain^p)^(1/p) + load + copy + per_product b
+
+- compute: ``compute_factor`` times the peak cycles on padded shapes; the matrix unit is T wide, k
+  rounds up to T, one of m and n to T and the other to 8, whichever pads less (tile quantisation);
+- memory: ``memory_factor`` times bytes over bandwidth. One operand of at most ``resident_bytes`` is
+  brought on chip ahead of the kernel (the compiler's cross-program prefetch: the larger if it fits,
+  else the smaller) and costs nothing; with none on chip, both are read again for every ``block`` of
+  the other side;
+- drain: results leave the matrix unit in registers of 8 x 128: ``drain_16`` or ``drain_32`` cycles
+  each by result width, ``drain_k`` more for each 1024 of k (partial sums);
+- load: ``load_32`` cycles per register of 32-bit operands (split for the 16-bit matrix unit);
+- copy: a batch whose sides are not whole registers is laid out anew, ``copy_ragged`` per register.
+
+Everything else moves data and works on vectors: per class of operator (element-wise, reductions,
+moves, gathers, ...) the cycles are ``start + (memory^p + vector^p)^(1/p)`` with memory and vector
+work from counts (bytes, registers times ``vector_cycles`` of the variant).
+
+Constants, and for matrix multiplications the residuals at the profiled shapes (averaged over near
+shapes), come from ``cost_model/calibration/DEVICE.json``, fitted to the cycles that XLA's TPU
+compiler states; without a file, defaults give the roofline of the device's datasheet.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,12 +39,72 @@ from cost_model.device import Device
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "int32": 4, "uint32": 4, "int64": 8}
 
+MATMUL_DEFAULTS: dict[str, float] = {
+    "compute_factor": 1.05,
+    "memory_factor": 1.2,
+    "drain_16": 0.01,
+    "drain_32": 0.01,
+    "drain_k": 0.001,
+    "load_32": 0.001,
+    "copy_ragged": 0.001,
+    "per_product": 0.1,
+    "block": 2048.0,
+    "sharpness": 8.0,
+    "resident_bytes": 1.0,
+}
+"""Constants of a device without a profile: a roofline."""
+
+
+VECTOR_DEFAULTS: dict[str, float] = {
+    "memory_factor": 1.2,
+    "sharpness": 8.0,
+}
+"""Constants of vector operators on a device without a profile."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What was fitted to the profile of one device."""
+
+    constants: Mapping[str, Mapping[str, float]]
+    """class of operator -> constant -> value, in cycles unless the name says otherwise."""
+    points: np.ndarray
+    """[P, F] matmul_features of the profiled matrix multiplications."""
+    residuals: np.ndarray
+    """[P] log of measured over modelled cycles."""
+    versions: Mapping[str, str]
+    """versions of jax and compiler that the profile was made with; empty without a profile."""
+
 
 def item_bytes(dtype: str) -> int:
     """Bytes of one element of a JAX dtype."""
     if dtype in _ITEM_BYTES:
         return _ITEM_BYTES[dtype]
     return 1 if dtype.startswith(("float8", "int8", "uint8", "bool")) else 2
+
+
+@functools.cache
+def load_calibration(name: str) -> Calibration:
+    """The shipped fit of this device; defaults where it has no profile."""
+    path = importlib.resources.files("cost_model") / "calibration" / f"{name}.json"
+    if not path.is_file():
+        return parse_calibration({})
+    return parse_calibration(json.loads(path.read_text(encoding="utf-8")))
+
+
+def parse_calibration(raw: dict) -> Calibration:
+    """A Calibration from the content of a fitted file."""
+    residuals = np.asarray(raw.get("matmul_residuals", []), dtype=np.float64)
+    points = np.asarray(raw.get("matmul_points", []), dtype=np.float64)
+    constants = {"matmul": MATMUL_DEFAULTS, "vector": VECTOR_DEFAULTS}
+    for group, values in raw.get("constants", {}).items():
+        constants[group] = constants.get(group, {}) | values
+    return Calibration(
+        constants=constants,
+        points=points.reshape(len(residuals), -1 if len(residuals) else 0),
+        residuals=residuals,
+        versions=raw.get("versions", {}),
+    )
 
 
 def matmul_time_s(
@@ -33,29 +117,102 @@ def matmul_time_s(
     out_dtype: str | None = None,
 ) -> np.ndarray:
     """Seconds of batch x [m, k] @ [k, n], operands of ``dtype``, result of ``out_dtype``."""
-    batch, m, k, n = (np.asarray(x, dtype=np.float64) for x in (batch, m, k, n))
-    tile = device.matrix_tile
-    sublane = min(tile, 8 if device.family == "tpu" else 16)
-    flops = 2 * batch * _up(m, sublane) * _up(k, tile) * _up(n, tile)
+    shape = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (batch, m, k, n)))
+    b, m, k, n = shape
     size, out = item_bytes(dtype), item_bytes(out_dtype or dtype)
-    moved = batch * ((m * k + k * n) * size + m * n * out)
-    time = np.maximum(
-        flops / (device.peak(dtype) * 0.9), moved / (device.hbm_bandwidth_bytes_per_s * 0.85)
-    )
-    return np.where(batch * m * k * n > 0, time + device.launch_latency_s, 0.0)
+    fit = load_calibration(device.name)
+    cycles = matmul_cycles(device, fit.constants["matmul"], b, m, k, n, size, out, dtype)
+    if len(fit.residuals):
+        cycles = cycles * np.exp(_near(fit, matmul_features(b, m, k, n, size, out)))
+    return np.where(b * m * k * n > 0, cycles / device.core_clock_hz, 0.0)
+
+
+def matmul_cycles(
+    device: Device,
+    c: Mapping[str, float],
+    b: np.ndarray,
+    m: np.ndarray,
+    k: np.ndarray,
+    n: np.ndarray,
+    size: int | np.ndarray,
+    out: int | np.ndarray,
+    dtype: str = "bfloat16",
+) -> np.ndarray:
+    """The formula of the module docstring; ``size`` and ``out`` are bytes of an element."""
+    width = device.matrix_tile
+    hz = device.core_clock_hz
+    peak = device.achievable_flops_per_s.get("bfloat16") if device.family == "gpu" else None
+    peak = (peak or device.peak("bfloat16")) * device.peak(dtype) / device.peak("bfloat16")
+    padded = np.minimum(_up(m, 8) * _up(n, width), _up(m, width) * _up(n, 8))
+    compute = c["compute_factor"] * 2 * b * padded * _up(k, width) / (peak / hz)
+    left, right, result = b * m * k * size, b * k * n * size, b * m * n * out
+    limit = c["resident_bytes"]
+    large, small = np.maximum(left, right), np.minimum(left, right)
+    resident = np.where(large <= limit, large, np.where(small <= limit, small, 0.0))
+    again = left * np.maximum(1, n / c["block"]) + right * np.maximum(1, m / c["block"])
+    moved = np.where(resident > 0, left + right - resident, again) + result
+    memory = c["memory_factor"] * moved / (device.hbm_bandwidth_bytes_per_s / hz)
+    registers = b * np.minimum(_up(m, 8) * _up(n, 128), _up(m, 128) * _up(n, 8)) / 1024
+    wide = np.asarray(out) > 2
+    drain = registers * (np.where(wide, c["drain_32"], c["drain_16"]) + c["drain_k"] * k / 1024)
+    load = np.where(np.asarray(size) > 2, c["load_32"] * (left + right) / 4096, 0.0)
+    ragged = (b > 1) & ((m % 16 > 0) | ((n % 128 > 0) & (n > 128)))
+    copy = np.where(ragged, c["copy_ragged"] * registers, 0.0)
+    peak_of_three = _soft_max(c["sharpness"], compute, memory, drain)
+    return _start(device, c) + peak_of_three + load + copy + c["per_product"] * b
+
+
+def matmul_features(
+    b: np.ndarray,
+    m: np.ndarray,
+    k: np.ndarray,
+    n: np.ndarray,
+    size: int | np.ndarray,
+    out: int | np.ndarray,
+) -> np.ndarray:
+    """[..., F] coordinates in which near shapes have near residuals."""
+    columns = [np.log2(np.maximum(x, 1)) for x in (m, k, n, b)]
+    columns += [2.0 * (np.broadcast_to(x, m.shape) > 2) for x in (size, out)]
+    columns += [0.5 * (x % 128 > 0) for x in (m, k, n)]
+    return np.stack(columns, axis=-1)
+
+
+_REACH = 0.8
+"""Distance over which a residual matters, in octaves of one side."""
+_DOUBT = 0.15
+"""Weight of no residual at all, so that far shapes follow the formula."""
+
+
+def _near(fit: Calibration, features: np.ndarray) -> np.ndarray:
+    """Residuals averaged over near points with Gaussian weights, drawn to zero far from all."""
+    flat = features.reshape(-1, features.shape[-1])
+    square = (flat**2).sum(-1)[:, None] + (fit.points**2).sum(-1) - 2 * flat @ fit.points.T
+    weight = np.exp(-np.maximum(square, 0) / _REACH**2)
+    mean = weight @ fit.residuals / (weight.sum(-1) + _DOUBT)
+    return mean.reshape(features.shape[:-1])
+
+
+def _soft_max(sharpness: float, *terms: np.ndarray) -> np.ndarray:
+    """(sum x^p)^(1/p), which is the largest term for large p, without overflow."""
+    largest = np.maximum.reduce(terms)
+    largest = np.maximum(largest, 1e-30)
+    return largest * sum((x / largest) ** sharpness for x in terms) ** (1 / sharpness)
 
 
 def memory_bound_time_s(device: Device, n_bytes: ArrayLike) -> np.ndarray:
     """Seconds to move n_bytes (reads plus writes) through device memory in one kernel."""
-    n_bytes = np.asarray(n_bytes, dtype=np.float64)
-    time = n_bytes / (device.hbm_bandwidth_bytes_per_s * 0.85)
-    return np.where(n_bytes > 0, time + device.launch_latency_s, 0.0)
+    return elementwise_time_s(device, n_bytes, 0.0)
 
 
 def elementwise_time_s(device: Device, n_bytes: ArrayLike, vector_flops: ArrayLike) -> np.ndarray:
     """Seconds of a fused element-wise kernel: the longer of its bytes and its vector flops."""
-    vector = np.asarray(vector_flops, dtype=np.float64) / device.vector_flops_per_s
-    return np.maximum(memory_bound_time_s(device, n_bytes), vector)
+    n_bytes = np.asarray(n_bytes, dtype=np.float64)
+    c = load_calibration(device.name).constants["vector"]
+    hz = device.core_clock_hz
+    memory = c["memory_factor"] * n_bytes / (device.hbm_bandwidth_bytes_per_s / hz)
+    vector = np.asarray(vector_flops, dtype=np.float64) / (device.vector_flops_per_s / hz)
+    cycles = _start(device, c) + _soft_max(c["sharpness"], memory, vector)
+    return np.where(n_bytes + vector > 0, cycles / hz, 0.0)
 
 
 def attention_time_s(
@@ -90,6 +247,10 @@ def sort_time_s(device: Device, rows: ArrayLike, length: ArrayLike) -> np.ndarra
     rows, length = np.asarray(rows, dtype=np.float64), np.asarray(length, dtype=np.float64)
     depth = np.log2(np.maximum(length, 2))
     return elementwise_time_s(device, 8 * rows * length, rows * length * depth * (depth + 1) * 4)
+
+
+def _start(device: Device, c: Mapping[str, float]) -> float:
+    return c.get("start", device.launch_latency_s * device.core_clock_hz)
 
 
 def _up(x: np.ndarray, tile: int) -> np.ndarray:

@@ -59,7 +59,7 @@ def comparison_table(rows: list[dict[str, Any]]) -> Any:
             words.memory(peak),
             words.share(peak, row["capacity_bytes"]) if peak else "–",
             mesh_words(row["mesh"]),
-            row["status"],
+            row["status"] if row["status"] == "feasible" else "does not fit",
             style="bold" if i == 0 else None,
         )
     return table

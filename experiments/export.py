@@ -15,7 +15,7 @@ import sys
 from importlib.resources import files
 
 from graphs.errors import MeshwrightError
-from placement.experiments import _arguments
+from placement.experiments import _arguments, _request
 
 
 def main(argv: list[str]) -> int:
@@ -34,9 +34,7 @@ def main(argv: list[str]) -> int:
     if given.case is not None:
         layout, notes = _case(given.case, given.cases), ()
     else:
-        from placement.export.from_plan import layout_of_plan
-
-        layout, notes = layout_of_plan(given.plan)
+        layout, notes = _plan(given.plan)
     made = target.export(layout)
     if given.out:
         _arguments.write_text(given.out, made.text)
@@ -52,6 +50,20 @@ def main(argv: list[str]) -> int:
     for note in notes:
         print(f"not expressed: {note}", file=sys.stderr)
     return 0
+
+
+def _plan(path: str):
+    from placement.export.from_plan import layout_of_plan
+    from placement.plan import Plan
+
+    plan = Plan.load(path)
+    train = _request.config_of(path, []).train
+    return layout_of_plan(
+        plan,
+        grad_accum=train.microbatches,
+        remat=train.remat,
+        precision={"float16": "fp16"}.get(train.compute_dtype, "bf16"),
+    )
 
 
 def _case(case_id: str, path: str | None):

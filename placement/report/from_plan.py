@@ -223,7 +223,7 @@ def candidate(name: str, plan: Plan) -> shown.CandidateRow:
     fits = plan.status in ("feasible", "time_limit")
     return shown.CandidateRow(
         name=name,
-        status="feasible" if fits else plan.status,
+        status="feasible" if fits else "does not fit",
         mesh=mesh_words(plan.mesh_shape),
         step_time_s=estimate.step_time_s if estimate is not None else None,
         peak_memory_bytes=estimate.peak_memory_bytes if estimate is not None else None,

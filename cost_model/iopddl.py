@@ -15,6 +15,8 @@ node tied to it, and costs become whole multiples of a unit recorded under the e
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import gzip
 import itertools
 import json
@@ -40,7 +42,13 @@ def read(path: str | os.PathLike[str]) -> Problem:
     Hyperedges and exports may append auxiliary nodes; ``n_listed_nodes`` says how many leading
     nodes the file itself lists.
     """
-    return parse(_load_json(Path(path)), name=_stem(Path(path)))
+    was_enabled = gc.isenabled()
+    gc.disable()  # Millions of numbers and no cycles: collections would cost a third of the time.
+    try:
+        return parse(_load_json(Path(path)), name=_stem(Path(path)))
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def n_listed_nodes(problem: Problem) -> int:
@@ -70,39 +78,45 @@ def parse(document: Any, *, name: str) -> Problem:
             f"the instance lists {len(edge_nodes)} edges and {len(edge_costs)} edge cost arrays; "
             "give one array per edge"
         )
-    node_costs = [_numbers(row, f"costs of node {i}") for i, row in enumerate(costs)]
-    node_usages = [_numbers(row, f"usages of node {i}") for i, row in enumerate(usages)]
-    for i, (cost, usage) in enumerate(zip(node_costs, node_usages)):
-        if len(cost) == 0:
-            raise MeshwrightError(f"node {i} has no strategies; every node needs at least one")
-        if len(usage) != len(cost):
-            raise MeshwrightError(
-                f"node {i} has {len(cost)} costs and {len(usage)} usages; give one usage per "
-                "strategy"
-            )
+    node_costs = _rows(costs, "costs of node")
+    node_usages = _rows(usages, "usages of node")
+    k = np.diff(node_costs.offsets)
+    if (k == 0).any():
+        i = int(np.flatnonzero(k == 0)[0])
+        raise MeshwrightError(f"node {i} has no strategies; every node needs at least one")
+    uneven = np.flatnonzero(k != np.diff(node_usages.offsets))
+    if len(uneven):
+        i = int(uneven[0])
+        raise MeshwrightError(
+            f"node {i} has {k[i]} costs and {np.diff(node_usages.offsets)[i]} usages; give one "
+            "usage per strategy"
+        )
     extra = _field(document, "meshwright", dict, where="the file", default={})
-    unit = _positive(extra.get("cost_unit", 1.0), "meshwright.cost_unit")
-    usage_unit = _positive(extra.get("usage_unit", 1.0), "meshwright.usage_unit")
-    times = np.array([_interval(x, i) for i, x in enumerate(intervals)], dtype=np.int64)
-    builder = _Builder(node_costs)
-    for e, (ends, table) in enumerate(zip(edge_nodes, edge_costs)):
-        builder.add_edge(e, ends, table)
     limit = body.get("usage_limit")
-    if limit is None:
-        limit_value = math.inf
-    else:
-        limit_value = float(_numbers([limit], "usage_limit")[0])
-    return _finish(
+    problem = Problem(
         name=str(body.get("name", name)),
-        builder=builder,
+        strategy_offsets=node_costs.offsets,
+        node_costs=node_costs.values,
+        **_edges(edge_nodes, _rows(edge_costs, "costs of edge"), k),
         usage_nodes=np.arange(len(costs), dtype=np.int32),
-        intervals=times,
-        usages=node_usages,
-        limit=limit_value,
-        unit=unit,
-        usage_unit=usage_unit,
-        extra=extra,
+        usage_intervals=_intervals(intervals),
+        usage_offsets=node_usages.offsets,
+        usages=node_usages.values,
+        usage_limit=math.inf if limit is None else float(_row([limit], "usage_limit")[0]),
     )
+    for e, ends in enumerate(edge_nodes):
+        if len(ends) != 2:
+            table = edge_costs[e]
+            problem = _with_arity(problem, e, ends, np.array(table, dtype=np.float64))
+    return _without_idle_usage(_undo_export(problem, extra) if extra else problem)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """Ragged rows of numbers, flat."""
+
+    values: np.ndarray
+    offsets: np.ndarray
 
 
 def write(problem: Problem, path: str | os.PathLike[str]) -> None:
@@ -174,106 +188,134 @@ def document(problem: Problem) -> dict[str, Any]:
     return {"problem": body, "meshwright": extra}
 
 
-class _Builder:
-    """Collects node costs and pairwise edges while edges of any arity are folded."""
+def _edges(ends: list, tables: _Rows, k: np.ndarray) -> dict[str, np.ndarray]:
+    """Pairwise edges with parallel ones added; other arities are checked and left out."""
+    _check_ends(ends, len(k))
+    sizes = np.diff(tables.offsets)
+    arity = np.fromiter(map(len, ends), dtype=np.int64, count=len(ends))
+    pairs = np.array([x for x in ends if len(x) == 2], dtype=np.int64).reshape(-1, 2)
+    expected = np.empty(len(ends), dtype=np.int64)
+    expected[arity == 2] = k[pairs[:, 0]] * k[pairs[:, 1]]
+    for e in np.flatnonzero(arity != 2):
+        expected[e] = math.prod(int(k[i]) for i in ends[e])
+    wrong = np.flatnonzero(sizes != expected)
+    if len(wrong):
+        e = int(wrong[0])
+        shape = " x ".join(str(k[i]) for i in ends[e])
+        raise MeshwrightError(
+            f"edge {e} has {sizes[e]} costs, but its nodes have {shape} strategies; "
+            f"give {expected[e]} costs"
+        )
+    values, offsets = tables.values, tables.offsets
+    key = pairs.min(axis=1) * len(k) + pairs.max(axis=1) if len(pairs) else np.zeros(0, np.int64)
+    edges = np.flatnonzero(arity == 2)
+    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    for x in np.flatnonzero(first[inverse] != np.arange(len(key))):
+        y = first[inverse[x]]
+        table = values[offsets[edges[x]] : offsets[edges[x] + 1]].reshape(k[pairs[x]])
+        target = values[offsets[edges[y]] : offsets[edges[y] + 1]]
+        target += (table if pairs[x, 0] == pairs[y, 0] else table.T).ravel()
+    first.sort()
+    kept = edges[first]
+    if len(kept) < len(ends):
+        taken = [values[offsets[e] : offsets[e + 1]] for e in kept]
+        values = np.concatenate([*taken, np.zeros(0)])
+        offsets = _starts(sizes[kept])
+    return {
+        "edge_nodes": pairs[first].astype(np.int32),
+        "edge_offsets": offsets,
+        "edge_costs": values,
+    }
 
-    def __init__(self, node_costs: list[np.ndarray]) -> None:
-        self.costs = node_costs
-        self.n_listed = len(node_costs)
-        self.pairs: dict[tuple[int, int], np.ndarray] = {}
 
-    def add_edge(self, e: int, ends: Any, table: Any) -> None:
-        if not isinstance(ends, list) or not ends:
+def _check_ends(ends: list, n_nodes: int) -> None:
+    for e, nodes in enumerate(ends):
+        if not isinstance(nodes, list) or not nodes:
             raise MeshwrightError(f"edge {e} has no node list; give the indices of its nodes")
-        for i in ends:
-            if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < self.n_listed:
+        for i in nodes:
+            if type(i) is not int or not 0 <= i < n_nodes:
                 raise MeshwrightError(
-                    f"edge {e} names node {i!r}, but nodes are numbered 0 to {self.n_listed - 1}"
+                    f"edge {e} names node {i!r}, but nodes are numbered 0 to {n_nodes - 1}"
                 )
-        if len(set(ends)) != len(ends):
+        if len(set(nodes)) != len(nodes):
             raise MeshwrightError(
-                f"edge {e} is a cycle on one node ({ends}); put such a cost in the node's costs"
+                f"edge {e} is a cycle on one node ({nodes}); put such a cost in the node's costs"
             )
-        values = _numbers(table, f"costs of edge {e}")
-        shape = tuple(len(self.costs[i]) for i in ends)
-        if len(values) != math.prod(shape):
-            raise MeshwrightError(
-                f"edge {e} has {len(values)} costs, but its nodes have "
-                f"{' x '.join(map(str, shape))} strategies; give {math.prod(shape)} costs"
-            )
-        if len(ends) == 1:
-            self.costs[ends[0]] = self.costs[ends[0]] + values
-        elif len(ends) == 2:
-            self._add_pair(ends[0], ends[1], values.reshape(shape))
-        else:
-            self._add_hyperedge(ends, values, shape)
-
-    def _add_pair(self, i: int, j: int, table: np.ndarray) -> None:
-        if (j, i) in self.pairs:
-            i, j, table = j, i, np.ascontiguousarray(table.T)
-        known = self.pairs.get((i, j))
-        self.pairs[i, j] = table if known is None else known + table
-
-    def _add_hyperedge(self, ends: list[int], values: np.ndarray, shape: tuple[int, ...]) -> None:
-        allowed = np.flatnonzero(values < FORBIDDEN)
-        if len(allowed) == 0:
-            allowed = np.arange(len(values))
-        auxiliary = len(self.costs)
-        self.costs.append(values[allowed])
-        for i, states in zip(ends, np.unravel_index(allowed, shape)):
-            tie = np.full((len(self.costs[i]), len(allowed)), FORBIDDEN)
-            tie[states, np.arange(len(allowed))] = 0.0
-            self.pairs[i, auxiliary] = tie
 
 
-def _finish(
-    *,
-    name: str,
-    builder: _Builder,
-    usage_nodes: np.ndarray,
-    intervals: np.ndarray,
-    usages: list[np.ndarray],
-    limit: float,
-    unit: float,
-    usage_unit: float,
-    extra: dict[str, Any],
-) -> Problem:
-    """Flatten, undoing the unit and the copied usages of an exported problem."""
+def _with_arity(p: Problem, e: int, ends: list[int], values: np.ndarray) -> Problem:
+    """Add an edge of one node to its costs, or one of three or more by an auxiliary node."""
+    if len(ends) == 1:
+        costs = p.node_costs.copy()
+        costs[p.strategy_offsets[ends[0]] : p.strategy_offsets[ends[0] + 1]] += values
+        return dataclasses.replace(p, node_costs=costs)
+    k = p.n_strategies()
+    allowed = np.flatnonzero(values < FORBIDDEN)
+    if len(allowed) == 0:
+        raise MeshwrightError(f"edge {e} forbids every choice of its nodes; allow at least one")
+    ties = []
+    for i, states in zip(ends, np.unravel_index(allowed, [int(k[i]) for i in ends])):
+        tie = np.full((int(k[i]), len(allowed)), FORBIDDEN)
+        tie[states, np.arange(len(allowed))] = 0.0
+        ties.append(tie.ravel())
+    links = np.array([[i, p.n_nodes] for i in ends], dtype=np.int32)
+    return dataclasses.replace(
+        p,
+        strategy_offsets=np.append(p.strategy_offsets, p.strategy_offsets[-1] + len(allowed)),
+        node_costs=np.append(p.node_costs, values[allowed]),
+        edge_nodes=np.concatenate([p.edge_nodes, links]),
+        edge_offsets=np.append(
+            p.edge_offsets, p.edge_offsets[-1] + np.cumsum([len(t) for t in ties])
+        ),
+        edge_costs=np.concatenate([p.edge_costs, *ties]),
+        n_auxiliary=p.n_auxiliary + 1,
+    )
+
+
+def _undo_export(p: Problem, extra: dict[str, Any]) -> Problem:
+    """Restore units, further usage entries of a node, and the auxiliary nodes of an export."""
+    unit = _positive(extra.get("cost_unit", 1.0), "meshwright.cost_unit")
+    usage_unit = _positive(extra.get("usage_unit", 1.0), "meshwright.usage_unit")
     copies = extra.get("usage_copies", [])
-    first_copy = builder.n_listed - len(copies)
-    n_nodes = len(builder.costs)
-    if copies:
-        usage_nodes = np.concatenate([usage_nodes[:first_copy], np.array(copies, np.int32)])
-        builder.pairs = {ij: t for ij, t in builder.pairs.items() if max(ij) < first_copy}
-        builder.costs = builder.costs[:first_copy]
-        n_nodes = first_copy
-    k = np.array([len(c) for c in builder.costs], dtype=np.int64)
-    pairs = builder.pairs
-    used = [
-        u for u in range(len(usages)) if intervals[u, 0] < intervals[u, 1] and np.any(usages[u] > 0)
-    ]
+    n = p.n_nodes - len(copies)
+    if not isinstance(copies, list) or n < 1 or any(type(i) is not int for i in copies):
+        raise MeshwrightError("meshwright.usage_copies does not fit the nodes of the file")
+    if any(not 0 <= i < n for i in copies):
+        raise MeshwrightError("meshwright.usage_copies names nodes that the file lacks")
 
-    def forbid(x: np.ndarray) -> np.ndarray:
+    def scaled(x: np.ndarray) -> np.ndarray:
         return np.where(x >= FORBIDDEN, FORBIDDEN, x * unit)
 
-    none = np.zeros(0)
-    return Problem(
-        name=name,
-        strategy_offsets=np.concatenate([[0], np.cumsum(k)]).astype(np.int64),
-        node_costs=forbid(np.concatenate(builder.costs)),
-        edge_nodes=np.array(list(pairs), dtype=np.int32).reshape(-1, 2),
-        edge_offsets=np.concatenate([[0], np.cumsum([t.size for t in pairs.values()])]).astype(
-            np.int64
-        ),
-        edge_costs=forbid(np.concatenate([t.ravel() for t in pairs.values()] or [none])),
-        usage_nodes=usage_nodes[used],
-        usage_intervals=intervals[used].reshape(-1, 2),
-        usage_offsets=np.concatenate([[0], np.cumsum([len(usages[u]) for u in used])]).astype(
-            np.int64
-        ),
-        usages=np.concatenate([usages[u] for u in used] or [none]) * usage_unit,
-        usage_limit=limit * usage_unit,
-        n_auxiliary=int(extra.get("n_auxiliary", 0)) + n_nodes - min(first_copy, builder.n_listed),
+    cells = p.strategy_offsets[n]
+    kept = np.flatnonzero(p.edge_nodes.max(axis=1, initial=0) < n)
+    tables = [p.edge_costs[p.edge_offsets[e] : p.edge_offsets[e + 1]] for e in kept]
+    nodes = p.usage_nodes.copy()
+    nodes[n:] = copies
+    return dataclasses.replace(
+        p,
+        strategy_offsets=p.strategy_offsets[: n + 1],
+        node_costs=scaled(p.node_costs[:cells]),
+        edge_nodes=p.edge_nodes[kept],
+        edge_offsets=_starts(np.array([len(t) for t in tables], dtype=np.int64)),
+        edge_costs=scaled(np.concatenate([*tables, np.zeros(0)])),
+        usage_nodes=nodes,
+        usages=p.usages * usage_unit,
+        usage_limit=p.usage_limit * usage_unit,
+        n_auxiliary=p.n_auxiliary + int(extra.get("n_auxiliary", 0)),
+    )
+
+
+def _without_idle_usage(p: Problem) -> Problem:
+    """Leave out usage entries that are never live or use nothing."""
+    sizes = np.diff(p.usage_offsets)
+    most = np.maximum.reduceat(p.usages, p.usage_offsets[:-1])
+    used = (p.usage_intervals[:, 0] < p.usage_intervals[:, 1]) & (most > 0.0)
+    return dataclasses.replace(
+        p,
+        usage_nodes=p.usage_nodes[used],
+        usage_intervals=p.usage_intervals[used],
+        usage_offsets=_starts(sizes[used]),
+        usages=p.usages[np.repeat(used, sizes)],
     )
 
 
@@ -309,36 +351,62 @@ def _field(parent: Any, key: str, kind: type, *, where: str, default: Any = None
     return value
 
 
-def _numbers(row: Any, what: str) -> np.ndarray:
-    """[n] float64, each at least 0 and below 2**63."""
+def _rows(rows: list, what: str) -> _Rows:
+    """Check and flatten rows of numbers, each at least 0 and below 2**63."""
+    try:
+        offsets = _starts(np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)))
+        flat = list(itertools.chain.from_iterable(rows))
+        if set(map(type, flat)) <= {int, float}:
+            values = np.array(flat, dtype=np.float64)
+            if not len(values) or (values.min() >= 0.0 and values.max() < _LARGEST):
+                return _Rows(values=values, offsets=offsets)
+    except (TypeError, OverflowError):
+        pass
+    for i, row in enumerate(rows):
+        _row(row, f"{what} {i}")
+    raise MeshwrightError(f"the {what}s are not rows of numbers that fit 64 bits")
+
+
+def _row(row: Any, what: str) -> np.ndarray:
+    """[n] float64 from one row, with the error that names it."""
     if not isinstance(row, list):
         raise MeshwrightError(f"the {what} are not a list of numbers")
-    try:
-        values = np.array(row, dtype=np.float64)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise MeshwrightError(f"the {what} are not all numbers that fit 64 bits") from error
-    if values.ndim != 1:
-        raise MeshwrightError(f"the {what} are nested; give a flat list of numbers")
-    if values.size and not values.min() >= 0:
-        raise MeshwrightError(f"the {what} hold {values.min():g}; costs and usages start at 0")
-    if values.size and not values.max() < _LARGEST:
-        raise MeshwrightError(f"the {what} hold {values.max():g}, which overflows 64 bits")
-    return values
+    odd = [x for x in row if type(x) not in (int, float)]
+    if odd:
+        raise MeshwrightError(f"the {what} hold {odd[0]!r}, which is not a number")
+    bad = next((x for x in row if not x >= 0), None)
+    if bad is not None:
+        raise MeshwrightError(f"the {what} hold {bad}; costs and usages start at 0")
+    big = next((x for x in row if not x < _LARGEST), None)
+    if big is not None:
+        raise MeshwrightError(f"the {what} hold {float(big):g}, which overflows 64 bits")
+    return np.array(row, dtype=np.float64)
 
 
-def _interval(value: Any, i: int) -> tuple[int, int]:
-    if (
-        not isinstance(value, list)
-        or len(value) != 2
-        or not all(isinstance(t, int) and not isinstance(t, bool) for t in value)
-    ):
-        raise MeshwrightError(f"the interval of node {i} is {value!r}; give [start, end] integers")
-    start, end = value
-    if start < 0 or end < start or end >= 2**62:
-        raise MeshwrightError(
-            f"the interval of node {i} is {value}; it must run from a start >= 0 to an end >= it"
-        )
-    return start, end
+def _intervals(rows: list) -> np.ndarray:
+    """[n, 2] int64."""
+    for i, value in enumerate(rows):
+        if (
+            not isinstance(value, list)
+            or len(value) != 2
+            or type(value[0]) is not int
+            or type(value[1]) is not int
+        ):
+            raise MeshwrightError(
+                f"the interval of node {i} is {value!r}; give [start, end] integers"
+            )
+        start, end = value
+        if start < 0 or end < start or end >= 2**62:
+            raise MeshwrightError(
+                f"the interval of node {i} is {value}; it must run from a start >= 0 to an end "
+                "not before it"
+            )
+    return np.array(rows, dtype=np.int64).reshape(-1, 2)
+
+
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    """[n+1] int64 offsets of consecutive runs of these sizes."""
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
 def _positive(value: Any, what: str) -> float:

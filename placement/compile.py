@@ -2,8 +2,9 @@
 
 The function is lowered here, over an abstract mesh, to StableHLO: shardings, donation, constraints
 inside loops and Pallas kernels are in that text, so the child needs no user code. The child
-compiles it for the cluster's compile-only topology (XLA:TPU from libtpu, XLA:GPU from jax-cuda12-plugin).
-Results are cached under a key of (StableHLO, topology, device order, library versions, flags).
+compiles it for the compile-only topology of the cluster (XLA:TPU from libtpu, XLA:GPU from
+jax-cuda12-plugin). Results are cached under a key of (StableHLO, topology, device order, library
+versions, flags).
 """
 
 from __future__ import annotations
@@ -169,16 +170,16 @@ def compile_text(
     entry = compile_cache.load_entry(folder, key) if cache else None
     text_path = folder / f"{key}.txt.gz"
     if entry is not None and (entry["status"] != "ok" or text_path.exists()):
-        return _compiled(entry, key, text_path, versions, cached=True)
+        return compiled_of_entry(entry, key, text_path, versions, cached=True)
     entry, scheduled = _run_child(request, text, timeout_s)
     if scheduled is not None:
         compile_cache.store_text(text_path, scheduled)
     if entry["status"] != "failed":  # a failure may be the environment's, so it is tried again
         compile_cache.store_entry(folder, key, entry)
-    return _compiled(entry, key, text_path, versions, cached=False)
+    return compiled_of_entry(entry, key, text_path, versions, cached=False)
 
 
-def _compiled(
+def compiled_of_entry(
     entry: dict[str, Any],
     key: str,
     text_path: pathlib.Path,
@@ -186,6 +187,7 @@ def _compiled(
     *,
     cached: bool,
 ) -> Compiled:
+    """A Compiled from what a child wrote."""
     numbers = ("argument_bytes", "output_bytes", "temp_bytes", "alias_bytes", "code_bytes")
     return Compiled(
         status=entry["status"],

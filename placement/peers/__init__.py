@@ -1,0 +1,1 @@
+"""Other planners, run in their own environments and judged the same way."""

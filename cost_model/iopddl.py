@@ -215,6 +215,7 @@ def _edges(ends: list, tables: _Rows, k: np.ndarray) -> dict[str, np.ndarray]:
         table = values[offsets[edges[x]] : offsets[edges[x] + 1]].reshape(k[pairs[x]])
         target = values[offsets[edges[y]] : offsets[edges[y] + 1]]
         target += (table if pairs[x, 0] == pairs[y, 0] else table.T).ravel()
+    np.minimum(values, FORBIDDEN, out=values)
     first.sort()
     kept = edges[first]
     if len(kept) < len(ends):

@@ -232,16 +232,9 @@ def test_huge_allowed_costs_keep_their_order():
 
 def run_solve(path: Path, timeout_s: float) -> tuple[int, list[str]]:
     lines: list[str] = []
-    status = contest.solve_file(
-        str(path), timeout_s=timeout_s, started=0.0 + _now(), say=lines.append
-    )
+    now = time.monotonic()
+    status = contest.solve_file(str(path), timeout_s=timeout_s, started=now, say=lines.append)
     return status, lines
-
-
-def _now() -> float:
-    import time
-
-    return time.monotonic()
 
 
 def test_solve_prints_progress_and_a_checked_answer():

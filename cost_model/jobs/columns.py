@@ -111,6 +111,8 @@ class Jobs:
     """1: host and device wait for each other at every layer."""
     caching_allocator: np.ndarray
     """1: freed memory is cached and flushed when memory runs short."""
+    fused_experts: np.ndarray
+    """1: grouped matmuls are fused with activation, quantisation and permutation."""
     staged_network: np.ndarray
     """1: network transfers pass through host memory."""
     fp32_pointwise: np.ndarray

@@ -52,10 +52,13 @@ _VARIANTS = {
 }
 
 _FAMILY = {"a100": "ampere", "h100": "hopper", "h200": "hopper", "v100": "volta"}
-# Multiprocessors that share a matmul's output tiles (XLA's target specification of each GPU).
+# Multiprocessors that share a matmul's output tiles (XLA's target files).
 _SM_COUNT = {"volta": 80.0, "ampere": 108.0, "hopper": 132.0, "blackwell": 148.0, "tpu": 1.0}
-# Dynamic power grows with about the 2.5th power of the clock (P ~ f V^2, V rising with f).
-_CLOCK_PER_POWER = 0.4
+# A power-bound part runs its matmuls at clocks that follow the 0.6th power of what it may draw above
+# idle (P ~ f V^2 with V rising less than f near the efficient point).
+_CLOCK_PER_POWER = 0.6
+# GB300 is GB200 with 1400 W in place of 1200 W (ml-engineering's power table), 200 W of it idle.
+_GB300_POWER = (1400 - 200) / (1200 - 200)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +142,8 @@ def _record(name: str) -> dict[str, float]:
         best = peak * near.achievable_flops_per_s.get("bfloat16", near.peak_flops_per_s["bfloat16"])
         best /= near.peak_flops_per_s["bfloat16"]
         best8 = near.achievable_flops_per_s.get("float8")
+        if device.name == "gb300" and best8:
+            best, best8 = (x * _GB300_POWER**_CLOCK_PER_POWER for x in (best, best8))
     if best8 is None:
         rates = device.peak_flops_per_s
         best8 = best * max(rates.get("float8", 0.0), rates.get("int8", 0.0) if tpu else 0.0) / peak

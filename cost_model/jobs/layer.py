@@ -188,6 +188,8 @@ def expert_mlp(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
     here = np.maximum(experts / jobs.ep, 1.0)
     rows = t * np.maximum(jobs.experts_per_token, 1.0) * jobs.ep / experts
     share = constants.of("expert_share", jobs.device.family) * rows / (rows + _EXPERT_TILE)
+    gain = np.where(jobs.fused_experts > 0, constants.of("expert_gain", jobs.device.family), 1.0)
+    share = share * gain
     grouped = {**how, "flops_per_s": rate.matmul * share}
     routed = _grouped(rows, jobs.n_up * f, d, here, grouped, jobs.remat_up) + _grouped(
         rows, d, f, here, grouped, jobs.remat_down
@@ -197,7 +199,7 @@ def expert_mlp(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
         t, d, np.maximum(shared_width, 1.0), how, jobs.remat_down
     )
     copies = t * jobs.experts_per_token * d * 2.0
-    moved = constants.of("routing_traffic", jobs.device.family) * copies * 6.0 / rate.hbm
+    moved = constants.of("routing_traffic", jobs.device.family) * copies * 6.0 / rate.hbm / gain
     routing = Part(forward=moved, backward=moved, redone=moved * jobs.remat_pointwise * 0.5)
     activation = t * jobs.experts_per_token * (jobs.n_up + 1) * f * 2.0 / rate.hbm
     pointwise = Part(

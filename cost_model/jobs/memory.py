@@ -51,7 +51,9 @@ def kept_bytes(jobs: Jobs) -> tuple[np.ndarray, np.ndarray]:
     inner = (1 - moe) * jobs.d_ff / tp + moe * jobs.moe_d_ff * sparse + shared
     dispatched = moe * sparse * jobs.d_model
     eager = np.where(jobs.compiled > 0, 1.0, 1.0 + 1.0 * jobs.fp32_pointwise)
-    pointwise = 2.0 * d * eager + inner + 2.0 * dispatched
+    # narrow matmuls keep their inputs in the narrow type
+    narrow = np.where(jobs.matmul_bytes < 2, 0.5, 1.0)
+    pointwise = (2.0 * d * eager + inner + 2.0 * dispatched) * narrow
     # dropout masks of the models before 2022: one byte an element, after attention and the MLP
     masks = np.where(jobs.fused_attention > 0, 0.0, d)
     scores = np.where(
@@ -59,7 +61,7 @@ def kept_bytes(jobs: Jobs) -> tuple[np.ndarray, np.ndarray]:
     )
     parts = (
         (qkv, jobs.remat_qkv),
-        (context, jobs.remat_core * (jobs.fused_attention > 0)),
+        (context * narrow, jobs.remat_core * (jobs.fused_attention > 0)),
         (scores, jobs.remat_core),
         (d, jobs.remat_out),
         (up, jobs.remat_up),
@@ -101,8 +103,10 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     m = counts.microbatches(jobs)
     flight = np.minimum(jobs.pp, m) * (1 + (jobs.pp - 1) / (jobs.pp * jobs.vpp) * (jobs.vpp > 1))
     redone = full - kept / np.maximum(1 - jobs.offload, 1e-6)
+    # PyTorch prefetches a whole layer beside the one in use; XLA gathers weight by weight
+    ahead = np.where(jobs.caching_allocator > 0, 2.0, 1.0)
     working = np.maximum(redone, 0.0) + np.where(
-        gathered, 2.0 * (2.0 + jobs.grad_bytes / 2) * (dense + experts), 0.0
+        gathered, ahead * (2.0 + jobs.grad_bytes / 2) * (dense + experts), 0.0
     )
     working = working + layer.tokens(jobs) * jobs.d_model * 2.0 * 2.0
     logits = layer.tokens(jobs) * jobs.vocab / jobs.tp * constants.of("logit_bytes", family)
@@ -111,7 +115,9 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     table_gathered = np.where(gathered, 2.0 * (table + head), 0.0)
     tables = table + np.where(alone, head, 0.0)
     first_total = states(first, tables) + act_first + working
-    first_total = first_total + np.where(alone, np.maximum(logits + table_gathered, 0.0), 0.0)
+    first_total = first_total + np.where(
+        alone, np.maximum(logits + table_gathered - working, 0.0), 0.0
+    )
     last_total = states(last, np.where(alone, tables, head)) + act_last
     last_total = last_total + np.maximum(logits, working)
     fullest_first = first_total >= last_total

@@ -111,7 +111,7 @@ def read(path: str | pathlib.Path) -> Runs:
     ]
     rows = []
     for raw in reader:
-        run, found = _run(reader.line_num, {k: (v or "").strip() for k, v in raw.items() if k})
+        run, found = read_row(reader.line_num, {k: (v or "").strip() for k, v in raw.items() if k})
         rows.append(run)
         faults.extend(found)
     return Runs(rows=tuple(rows), faults=tuple(faults))
@@ -133,7 +133,8 @@ class _Missing(Exception):
     """A cell that the source leaves empty and nothing else gives."""
 
 
-def _run(line: int, raw: dict[str, str]) -> tuple[Run, list[Fault]]:
+def read_row(line: int, raw: dict[str, str]) -> tuple[Run, list[Fault]]:
+    """One row of a runs file, its cells as text by column, and what cannot be right in it."""
     row_id = raw.get("id") or f"line-{line}"
     faults: list[Fault] = []
 
@@ -239,7 +240,7 @@ def _record(
     assumed: list[str] = []
     model, shape_given = _model(raw, given, assumed)
     source, notes = raw.get("source", ""), raw.get("notes", "")
-    stack_facts = facts(source, f"{notes} {raw.get('dtype', '')}")
+    stack_facts = facts(source, f"{source} {notes} {raw.get('dtype', '')}")
 
     def need(name: str) -> float:
         value = given[name]
@@ -332,7 +333,7 @@ def _record(
             for name in (
                 "fused_attention compiled tp_overlap dp_overlap grad_bytes grad_store_bytes "
                 "weight_bytes master_bytes cuda_graphs attention_speed engine_sync fp32_pointwise "
-                "staged_network caching_allocator"
+                "staged_network caching_allocator fused_experts"
             ).split()
         },
     }
@@ -347,7 +348,7 @@ def _record(
 
 def _slices(notes: str, chips: float, device: hardware.DeviceColumns) -> float:
     """TPU slices of a run: as the notes say, else as many as the largest slice forces."""
-    stated = re.search(r"^(\d+) (?:slice|x v)", notes)
+    stated = re.search(r"^(\d+) (?:slices?|x v)", notes)
     largest = float(device.domain[0]) / float(device.devices_per_chip[0])
     return float(stated[1]) if stated else math.ceil(chips / largest)
 

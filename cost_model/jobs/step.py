@@ -157,6 +157,7 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
     total = pipeline + first_gather + gradient + optimizer
     nodes = np.maximum(jobs.n_devices / _DEVICES_PER_NODE, 1.0)
     spread = total * c("spread") * np.log2(nodes)
+    spread = spread + total * c("slice_spread") * np.log2(jobs.n_slices)
     # a caching allocator that runs short frees and allocates within the step
     held = memory(jobs, constants)
     short = np.clip((held.peak_bytes / held.capacity_bytes - 0.85) / 0.15, 0.0, 1.0)

@@ -1,0 +1,1 @@
+"""Plans of whole training jobs: degrees, schedule, microbatches, rematerialisation, offload."""

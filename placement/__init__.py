@@ -6,7 +6,14 @@ compiles a plan with XLA, ``optimizers`` lists what can propose.
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from placement.api import optimize, optimizers, partition_specs
+    from placement.plan import Plan
+    from placement.verify import verify
 
 __all__ = ["Plan", "optimize", "optimizers", "partition_specs", "verify"]
 
@@ -19,12 +26,26 @@ _WHERE = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Load public names when they are first used, so that importing the package is quick."""
-    if name not in _WHERE:
-        raise AttributeError(f"module 'placement' has no attribute {name!r}")
+class _Package(types.ModuleType):
+    """Public names are loaded when first used, so that importing the package is quick."""
+
+    def __getattribute__(self, name: str) -> Any:
+        # Before the module's own attributes: importing placement.optimizers or placement.verify
+        # would otherwise put the submodule in the function's place.
+        if name in ("optimizers", "verify"):
+            return _public(name)
+        return super().__getattribute__(name)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _WHERE:
+            raise AttributeError(f"module 'placement' has no attribute {name!r}")
+        return _public(name)
+
+
+def _public(name: str) -> Any:
     import importlib
 
-    value = getattr(importlib.import_module(_WHERE[name]), name)
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+sys.modules[__name__].__class__ = _Package

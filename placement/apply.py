@@ -95,8 +95,8 @@ class _Walker:
             else:
                 op = self.op()
                 operands = [self.operand(a, op) for a in args]
-                subfuns, params = eqn.primitive.get_bind_params(eqn.params)
-                result = eqn.primitive.bind(*subfuns, *operands, **params)
+                params = eqn.primitive.get_bind_params(eqn.params)
+                result = eqn.primitive.bind(*operands, **params)
                 results = result if eqn.primitive.multiple_results else [result]
                 outs = [self.value(x) for x in results]
             for var, pair in zip(eqn.outvars, outs):

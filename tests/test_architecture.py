@@ -168,6 +168,17 @@ def test_the_groups_are_those_of_the_design():
     assert {"model", "cluster", "optimizer", "train", "suite"} <= set(_hydra.groups())
 
 
+def test_public_names_are_not_hidden_by_the_modules_that_hold_them():
+    """``placement.optimizers`` is a function although a package of that name is imported."""
+    import placement
+
+    for name in ("placement.optimizers", "placement.verify", "placement.report"):
+        importlib.import_module(name)
+    assert "search" in placement.optimizers()
+    assert callable(placement.verify)
+    assert all(hasattr(placement, name) for name in placement.__all__)
+
+
 def seconds_to_import(module: str) -> float:
     """Cumulative time of the import in a fresh process, as -X importtime reports it."""
     done = subprocess.run(

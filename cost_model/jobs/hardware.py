@@ -54,8 +54,8 @@ _VARIANTS = {
 _FAMILY = {"a100": "ampere", "h100": "hopper", "h200": "hopper", "v100": "volta"}
 # Multiprocessors that share a matmul's output tiles (XLA's target files).
 _SM_COUNT = {"volta": 80.0, "ampere": 108.0, "hopper": 132.0, "blackwell": 148.0, "tpu": 1.0}
-# A power-bound part runs its matmuls at clocks that follow the 0.6th power of what it may draw above
-# idle (P ~ f V^2 with V rising less than f near the efficient point).
+# A power-bound part runs its matmuls at clocks that follow the 0.6th power of what it may draw
+# above idle (P ~ f V^2 with V rising less than f near the efficient point).
 _CLOCK_PER_POWER = 0.6
 # GB300 is GB200 with 1400 W in place of 1200 W (ml-engineering's power table), 200 W of it idle.
 _GB300_POWER = (1400 - 200) / (1200 - 200)

@@ -115,9 +115,10 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     table_gathered = np.where(gathered, 2.0 * (table + head), 0.0)
     tables = table + np.where(alone, head, 0.0)
     first_total = states(first, tables) + act_first + working
-    first_total = first_total + np.where(
-        alone, np.maximum(logits + table_gathered - working, 0.0), 0.0
-    )
+    # XLA reuses the loss's buffers for the layers; a caching allocator keeps blocks of both sizes
+    loss = logits + table_gathered
+    loss = np.where(jobs.caching_allocator > 0, loss, np.maximum(loss - working, 0.0))
+    first_total = first_total + np.where(alone, loss, 0.0)
     last_total = states(last, np.where(alone, tables, head)) + act_last
     last_total = last_total + np.maximum(logits, working)
     fullest_first = first_total >= last_total

@@ -109,10 +109,8 @@ def sweeps(predictions: typing.Sequence[Prediction]) -> list[Sweep]:
     for p in timed(predictions):
         job = p.run.record
         assert job is not None
-        group = (p.run.source, p.run.hardware, p.run.dtype) + tuple(
-            job[name]
-            for name in ("n_layers d_model n_heads n_devices global_batch seq_len vocab").split()
-        )
+        sizes = "n_layers d_model n_heads n_devices global_batch seq_len vocab".split()
+        group = (p.run.source, p.run.hardware, p.run.dtype, *(job[name] for name in sizes))
         layout = tuple(
             job[name]
             for name in (

@@ -81,7 +81,7 @@ def _case(line: int, row: dict[str, str]) -> Case:
     raw, reason = _as_run(row)
     run, faults = read_row(line, raw)
     check = row.get("mesh_check", "")
-    if check and not check.startswith("ok") or "INFEASIBLE" in check:
+    if (check and not check.startswith("ok")) or "INFEASIBLE" in check:
         reason = f"the row's own mesh check fails: {check}"
     elif faults:
         reason = "; ".join(f"{f.column}: {f.problem}" for f in faults)
@@ -140,7 +140,8 @@ def _as_run(row: dict[str, str]) -> tuple[dict[str, str], str]:
     reason = "" if device else f"hardware {row['hardware']!r} is not known"
     shape = _shape(row["model"])
     release = re.match(r"mb-([\d.]+)-", row["case_id"])
-    container = f"{release[1]} NeMo Container; " if release else ""
+    container = f"{release[1]} NeMo Container" if release else ""
+    slices = number("n_slices") or 1.0
     raw = {
         "id": row["case_id"],
         "source": family,
@@ -161,7 +162,7 @@ def _as_run(row: dict[str, str]) -> tuple[dict[str, str], str]:
         "ep": text(experts),
         "recompute": _remat_class(remat),
         "dtype": _match(_PRECISION, row.get("precision", "")) or "bf16",
-        "notes": f"{text(number('n_slices') or 1.0)} slices; {container}{remat}; {row.get('notes', '')}",
+        "notes": "; ".join((f"{text(slices)} slices", container, remat, row.get("notes", ""))),
         **_measured(row.get("result_reported", "")),
         **shape,
     }

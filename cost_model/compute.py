@@ -16,8 +16,11 @@ A matrix multiplication of ``b`` products [m, k] @ [k, n] takes, in cycles of th
 - copy: a batch whose sides are not whole registers is laid out anew, ``copy_ragged`` per register.
 
 Everything else moves data and works on vectors: per class of operator (element-wise, reductions,
-moves, gathers, ...) the cycles are ``start + (memory^p + vector^p)^(1/p)`` with memory and vector
-work from counts (bytes, registers times ``vector_cycles`` of the variant).
+moves, gathers, ...) ``start + (memory^p + vector^p)^(1/p) + per_piece pieces``: vector is
+``register_cycles`` per register of the widest operand (``narrow_cycles`` more with 16-bit types),
+plus ``compute_factor`` times the peak cycles of multiply-adds inside (attention, ragged dots). What
+passes between the kernels of one operator (scores of attention) goes through device memory, written
+and read, only where it exceeds ``resident_bytes``.
 
 Constants, and for matrix multiplications the residuals at the profiled shapes (averaged over near
 shapes), come from ``cost_model/calibration/DEVICE.json``, fitted to the cycles that XLA's TPU
@@ -31,6 +34,7 @@ import functools
 import importlib.resources
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -68,12 +72,28 @@ class Calibration:
 
     constants: Mapping[str, Mapping[str, float]]
     """class of operator -> constant -> value, in cycles unless the name says otherwise."""
-    points: np.ndarray
-    """[P, F] matmul_features of the profiled matrix multiplications."""
-    residuals: np.ndarray
-    """[P] log of measured over modelled cycles."""
+    neighbours: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    """class -> features [P, F] of its profiled shapes, log of measured over modelled cycles [P]."""
     versions: Mapping[str, str]
     """versions of jax and compiler that the profile was made with; empty without a profile."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What an operator moves and computes; scalars or arrays of one shape."""
+
+    n_bytes: Any
+    """bytes between device memory and the core, reads and writes."""
+    registers: Any
+    """registers of 8 x 128 elements of the widest operand."""
+    flops: Any = 0.0
+    """on the matrix unit."""
+    pieces: Any = 0.0
+    """rows looked up, groups, heads: what starts something of its own."""
+    narrow: Any = False
+    """whether 16-bit types are packed or unpacked."""
+    spill_bytes: Any = 0.0
+    """size of what passes between kernels of the operator."""
 
 
 def item_bytes(dtype: str) -> int:
@@ -94,15 +114,16 @@ def load_calibration(name: str) -> Calibration:
 
 def parse_calibration(raw: dict) -> Calibration:
     """A Calibration from the content of a fitted file."""
-    residuals = np.asarray(raw.get("matmul_residuals", []), dtype=np.float64)
-    points = np.asarray(raw.get("matmul_points", []), dtype=np.float64)
+    neighbours = {
+        group: (np.asarray(entry["points"], np.float64), np.asarray(entry["residuals"], np.float64))
+        for group, entry in raw.get("neighbours", {}).items()
+    }
     constants = {"matmul": MATMUL_DEFAULTS, "vector": VECTOR_DEFAULTS}
     for group, values in raw.get("constants", {}).items():
         constants[group] = constants.get(group, {}) | values
     return Calibration(
         constants=constants,
-        points=points.reshape(len(residuals), -1 if len(residuals) else 0),
-        residuals=residuals,
+        neighbours=neighbours,
         versions=raw.get("versions", {}),
     )
 
@@ -122,8 +143,9 @@ def matmul_time_s(
     size, out = item_bytes(dtype), item_bytes(out_dtype or dtype)
     fit = load_calibration(device.name)
     cycles = matmul_cycles(device, fit.constants["matmul"], b, m, k, n, size, out, dtype)
-    if len(fit.residuals):
-        cycles = cycles * np.exp(_near(fit, matmul_features(b, m, k, n, size, out)))
+    if "matmul" in fit.neighbours:
+        features = matmul_features(b, m, k, n, size, out)
+        cycles = cycles * np.exp(nearby_residuals(*fit.neighbours["matmul"], features))
     return np.where(b * m * k * n > 0, cycles / device.core_clock_hz, 0.0)
 
 
@@ -183,20 +205,55 @@ _DOUBT = 0.15
 """Weight of no residual at all, so that far shapes follow the formula."""
 
 
-def _near(fit: Calibration, features: np.ndarray) -> np.ndarray:
+def nearby_residuals(points: np.ndarray, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
     """Residuals averaged over near points with Gaussian weights, drawn to zero far from all."""
     flat = features.reshape(-1, features.shape[-1])
-    square = (flat**2).sum(-1)[:, None] + (fit.points**2).sum(-1) - 2 * flat @ fit.points.T
+    square = (flat**2).sum(-1)[:, None] + (points**2).sum(-1) - 2 * flat @ points.T
     weight = np.exp(-np.maximum(square, 0) / _REACH**2)
-    mean = weight @ fit.residuals / (weight.sum(-1) + _DOUBT)
+    mean = weight @ residuals / (weight.sum(-1) + _DOUBT)
     return mean.reshape(features.shape[:-1])
 
 
 def _soft_max(sharpness: float, *terms: np.ndarray) -> np.ndarray:
     """(sum x^p)^(1/p), which is the largest term for large p, without overflow."""
-    largest = np.maximum.reduce(terms)
+    largest = np.maximum.reduce(np.broadcast_arrays(*terms))
     largest = np.maximum(largest, 1e-30)
     return largest * sum((x / largest) ** sharpness for x in terms) ** (1 / sharpness)
+
+
+def kernel_cycles(
+    device: Device, fit: Calibration, group: str, work: Work, fallback: str = "vector"
+) -> np.ndarray:
+    """Cycles of vector kernels of the class ``group`` (of ``fallback`` where it has no fit)."""
+    c = fit.constants.get(group)
+    if c is None:
+        return class_cycles(device, fit.constants[fallback], work)
+    cycles = class_cycles(device, c, work)
+    if group in fit.neighbours:
+        cycles = cycles * np.exp(nearby_residuals(*fit.neighbours[group], work_features(work)))
+    return cycles
+
+
+def class_cycles(device: Device, c: Mapping[str, float], work: Work) -> np.ndarray:
+    """The second formula of the module docstring."""
+    hz = device.core_clock_hz
+    spilled = np.where(work.spill_bytes > c.get("resident_bytes", 0.0), 2 * work.spill_bytes, 0.0)
+    moved = work.n_bytes + spilled
+    memory = c["memory_factor"] * moved / (device.hbm_bandwidth_bytes_per_s / hz)
+    each = c.get("register_cycles", 0.0) + c.get("narrow_cycles", 0.0) * np.asarray(work.narrow)
+    flops = c.get("compute_factor", 1.1) * work.flops / (device.peak("bfloat16") / hz)
+    vector = each * work.registers + flops
+    start = c.get("start", device.launch_latency_s * hz)
+    pieces = c.get("per_piece", 0.0) * np.asarray(work.pieces)
+    return start + _soft_max(c["sharpness"], np.asarray(memory), np.asarray(vector)) + pieces
+
+
+def work_features(work: Work) -> np.ndarray:
+    """[..., F] coordinates in which near operators of one class have near residuals."""
+    columns = (work.n_bytes, work.registers, work.pieces)
+    shape = np.broadcast_shapes(*(np.shape(x) for x in columns))
+    logs = [np.broadcast_to(np.log2(np.maximum(x, 1.0)), shape) for x in columns]
+    return np.stack([*logs, np.broadcast_to(1.0 * np.asarray(work.narrow), shape)], axis=-1)
 
 
 def memory_bound_time_s(device: Device, n_bytes: ArrayLike) -> np.ndarray:
@@ -206,13 +263,13 @@ def memory_bound_time_s(device: Device, n_bytes: ArrayLike) -> np.ndarray:
 
 def elementwise_time_s(device: Device, n_bytes: ArrayLike, vector_flops: ArrayLike) -> np.ndarray:
     """Seconds of a fused element-wise kernel: the longer of its bytes and its vector flops."""
-    n_bytes = np.asarray(n_bytes, dtype=np.float64)
+    n_bytes, work = np.asarray(n_bytes, dtype=np.float64), np.asarray(vector_flops, np.float64)
     c = load_calibration(device.name).constants["vector"]
-    hz = device.core_clock_hz
-    memory = c["memory_factor"] * n_bytes / (device.hbm_bandwidth_bytes_per_s / hz)
-    vector = np.asarray(vector_flops, dtype=np.float64) / (device.vector_flops_per_s / hz)
-    cycles = _start(device, c) + _soft_max(c["sharpness"], memory, vector)
-    return np.where(n_bytes + vector > 0, cycles / hz, 0.0)
+    # flops count at the rate of the vector unit: as registers of one cycle each
+    registers = work / (device.vector_flops_per_s / device.core_clock_hz)
+    counted = Work(n_bytes=n_bytes, registers=registers)
+    cycles = class_cycles(device, {**c, "register_cycles": 1.0}, counted)
+    return np.where(n_bytes + work > 0, cycles / device.core_clock_hz, 0.0)
 
 
 def attention_time_s(
@@ -225,28 +282,49 @@ def attention_time_s(
     dtype: str = "bfloat16",
 ) -> np.ndarray:
     """Seconds of unfused attention: scores, softmax over [batch, heads, q, kv], values."""
-    bh = np.asarray(batch, dtype=np.float64) * np.asarray(heads, dtype=np.float64)
+    pairs = np.asarray(batch, dtype=np.float64) * np.asarray(heads, dtype=np.float64)
     q, kv = np.asarray(q_len, dtype=np.float64), np.asarray(kv_len, dtype=np.float64)
-    scores = bh * q * kv
-    return (
-        matmul_time_s(device, bh, q, head_dim, kv, dtype)
-        + matmul_time_s(device, bh, q, kv, head_dim, dtype)
-        + elementwise_time_s(device, 2 * item_bytes(dtype) * scores, 12 * scores)
+    d = np.asarray(head_dim, dtype=np.float64)
+    registers = pairs * np.ceil(q / 8) * np.ceil(kv / 128)
+    fit = load_calibration(device.name)
+    if "attention.full" not in fit.constants:
+        inner = matmul_time_s(device, pairs, q, d, kv, dtype)
+        outer = matmul_time_s(device, pairs, q, kv, d, dtype)
+        moved = 2 * item_bytes(dtype) * pairs * q * kv
+        return inner + outer + elementwise_time_s(device, moved, 12 * pairs * q * kv)
+    work = Work(
+        n_bytes=2 * pairs * (q + kv) * d * item_bytes(dtype),
+        registers=registers,
+        flops=4 * 1024 * registers * np.maximum(128, _up(d, 128)),
+        pieces=pairs,
+        spill_bytes=4 * pairs * q * kv,
     )
+    return kernel_cycles(device, fit, "attention.full", work) / device.core_clock_hz
 
 
-def gather_time_s(device: Device, rows: ArrayLike, row_bytes: ArrayLike) -> np.ndarray:
-    """Seconds to gather (or scatter-add) rows of row_bytes: read, write, one start per row."""
-    rows = np.asarray(rows, dtype=np.float64)
-    moved = 2 * rows * np.maximum(np.asarray(row_bytes, dtype=np.float64), 512.0)
-    return memory_bound_time_s(device, moved)
+def gather_time_s(
+    device: Device, rows: ArrayLike, width: ArrayLike, dtype: str = "bfloat16"
+) -> np.ndarray:
+    """Seconds to look up rows of ``width`` elements."""
+    rows, width = np.asarray(rows, dtype=np.float64), np.asarray(width, dtype=np.float64)
+    work = Work(
+        n_bytes=2 * rows * width * item_bytes(dtype),
+        registers=np.ceil(rows / 8) * np.ceil(width / 128),
+        pieces=rows,
+        narrow=item_bytes(dtype) < 4,
+    )
+    fit = load_calibration(device.name)
+    return kernel_cycles(device, fit, "index.gather", work) / device.core_clock_hz
 
 
 def sort_time_s(device: Device, rows: ArrayLike, length: ArrayLike) -> np.ndarray:
     """Seconds to sort rows of 4-byte keys: a bitonic network, log2(n) (log2(n) + 1) / 2 passes."""
     rows, length = np.asarray(rows, dtype=np.float64), np.asarray(length, dtype=np.float64)
     depth = np.log2(np.maximum(length, 2))
-    return elementwise_time_s(device, 8 * rows * length, rows * length * depth * (depth + 1) * 4)
+    registers = np.ceil(rows / 8) * np.ceil(length / 128) * depth * (depth + 1) / 2
+    work = Work(n_bytes=8 * rows * length, registers=registers, pieces=rows / 8)
+    fit = load_calibration(device.name)
+    return kernel_cycles(device, fit, "sort.sort", work) / device.core_clock_hz
 
 
 def _start(device: Device, c: Mapping[str, float]) -> float:

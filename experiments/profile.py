@@ -34,10 +34,10 @@ def main(argv: list[str]) -> int:
     items = _cases(config, device)
     store = _Store(config.cache, device.name)
     _measure(config, device, items, store)
-    records = [store.records[c.name] for c in items if c.name in store.records]
+    records = list(store.records.values())
     failed = [r for r in records if "error" in r]
     folder = pathlib.Path(str(config.out))
-    write_text(str(folder / f"{device.name}.csv"), _table(items, store.records, device))
+    write_text(str(folder / f"{device.name}.csv"), _table(records, device))
     print(
         f"{len(records) - len(failed)} measured, {len(failed)} failed: {folder}/{device.name}.csv"
     )
@@ -125,30 +125,31 @@ def _measure(config: Any, device: Any, items: list[Any], store: _Store) -> None:
                 time_cases(device, part, on_record=on_record)
 
 
-def _table(items: list[Any], records: dict[str, dict[str, Any]], device: Any) -> str:
-    """CSV of the measurements, versions in its first line."""
+def _table(records: list[dict[str, Any]], device: Any) -> str:
+    """CSV of every measurement in the store, versions in its first line."""
     from cost_model.calibration.measure import versions
+    from cost_model.calibration.programs import parse_case
 
     text = io.StringIO()
     said = " ".join(f"{k}={v}" for k, v in versions().items())
     text.write(f"# {device.name} {said}\n")
-    columns = ("kind", "variant", "dtype", "dims", "cycles", "seconds", "kernels")
-    columns += ("unknown_kernels", "copy_bytes", "error")
-    out = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
-    out.writeheader()
-    for item in items:
-        record = records.get(item.name)
-        if record is not None:
-            dims = " ".join(f"{k}={v}" for k, v in item.dims)
-            row = {"kind": item.kind, "variant": item.variant, "dtype": item.dtype, "dims": dims}
-            out.writerow(row | record)
+    out = csv.writer(text, lineterminator="\n")
+    numbers = ("cycles", "seconds", "kernels", "unknown_kernels", "copy_bytes", "error")
+    out.writerow(("kind", "variant", "dtype", "dims", *numbers))
+    for record in records:
+        item = parse_case(record["name"])
+        dims = " ".join(f"{k}={v}" for k, v in item.dims)
+        values = [record.get(key, "") for key in numbers]
+        out.writerow((item.kind, item.variant, item.dtype, dims, *values))
     return text.getvalue()
 
 
 def _fit(folder: pathlib.Path, device: Any) -> None:
     from cost_model.calibration.fit import fit_profile, read_profile
 
-    fitted, errors = fit_profile(device, read_profile(folder / f"{device.name}.csv"))
+    text = (folder / f"{device.name}.csv").read_text()
+    fitted, errors = fit_profile(device, read_profile(text, device.core_clock_hz))
     write_text(str(folder / f"{device.name}.json"), json.dumps(fitted, indent=1) + "\n")
-    for kind, error in errors.items():
-        print(f"  {kind:12} {error}")
+    print("error on shapes that the fit did not see: median, 95th percentile")
+    for kind, (n, median, high) in errors.items():
+        print(f"  {kind:12} {n:4} shapes  {median:6.1%}  {high:6.1%}")

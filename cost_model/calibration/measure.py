@@ -88,8 +88,8 @@ def _one_child(
         child.wait()
     if done == 0 and child.returncode not in (0, -9):
         raise MeshwrightError(
-            f"the TPU compiler process ended with status {child.returncode} before its first result; "
-            "run again, and see whether another process holds libtpu"
+            f"the TPU compiler process ended with status {child.returncode} "
+            "before its first result; run again, and see whether another process holds libtpu"
         )
     return done
 

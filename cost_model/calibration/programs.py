@@ -37,6 +37,14 @@ def case(kind: str, variant: str, dtype: str, **dims: int) -> Case:
     return Case(kind=kind, variant=variant, dtype=dtype, dims=tuple(dims.items()))
 
 
+def parse_case(name: str) -> Case:
+    """The case of this name."""
+    head, _, sizes = name.partition(":")
+    kind, variant, dtype = head.split(".")
+    dims = tuple((k, int(v)) for k, v in (part.split("=") for part in sizes.split(",")))
+    return Case(kind=kind, variant=variant, dtype=dtype, dims=dims)
+
+
 def build(item: Case) -> tuple[Callable[..., Any], list[Any]]:
     """The function and its abstract arguments."""
     if item.kind not in PROGRAMS:
@@ -310,7 +318,8 @@ def cases(seed: int = 0, scale: float = 1.0, largest: float | None = None) -> li
         if 2 * m * k * n < 2e14:
             add(case("matmul", variant, dtype, b=1, m=m, k=k, n=n), m * k, k * n, m * n)
     for _ in times(90):
-        b, m, k, n = size(2, 256), size(64, 8192), size(32, 4096), size(32, 8192)
+        b, m = size(2, 256, 0.9), size(64, 8192, 0.9)
+        k, n = size(32, 4096, 0.9), size(32, 8192, 0.9)
         form = str(rng.choice(["nn", "nt", "tn"]))
         if 2 * b * m * k * n < 1e14:
             item = case("matmul", form, "bfloat16", b=b, m=m, k=k, n=n)

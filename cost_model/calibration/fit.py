@@ -1,0 +1,254 @@
+"""Fits the constants of cost_model.compute to a profile, and says how well they predict.
+
+Least squares on the logarithm of cycles with a soft loss, so that a few odd kernels do not bend the
+fit. Every fourth shape (by a hash of its name) is held out for the stated error; the shipped
+constants are then fitted to all shapes.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from cost_model.calibration.counts import VECTOR_KINDS, counts
+from cost_model.calibration.programs import Case, parse_case
+from cost_model.compute import (
+    Calibration,
+    Work,
+    class_cycles,
+    item_bytes,
+    kernel_cycles,
+    matmul_cycles,
+    matmul_features,
+    nearby_residuals,
+    parse_calibration,
+    work_features,
+)
+from cost_model.device import Device
+from graphs.errors import MeshwrightError
+
+Errors = dict[str, tuple[int, float, float]]
+"""kind -> shapes held out, median and 95th percentile of |predicted / measured - 1|."""
+
+_MATMUL_BOUNDS: dict[str, tuple[float, float, float]] = {
+    "start": (4000, 500, 20000),
+    "compute_factor": (1.03, 0.9, 3.0),
+    "memory_factor": (1.3, 0.9, 3.0),
+    "drain_16": (10, 0.01, 100),
+    "drain_32": (5, 0.01, 100),
+    "drain_k": (0.5, 1e-3, 50),
+    "load_32": (0.1, 1e-4, 50),
+    "copy_ragged": (10, 1e-2, 200),
+    "per_product": (10, 1e-2, 3000),
+    "block": (1024, 128, 16384),
+    "sharpness": (2.5, 1.0, 12),
+}
+"""Start, least and greatest value of each constant in the fit."""
+_BARE = ("add", "exp")
+"""Programs of one instruction: not a fusion, so the compiler does not tune their windows."""
+_RESIDENT_BYTES = [0.0, *(2.0**20 * x for x in (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 110, 120))]
+"""On-chip sizes tried; the fit takes the one with the least error."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measured case."""
+
+    case: Case
+    cycles: float
+    """of the core clock; seconds times the clock where a device was timed."""
+
+    @property
+    def held_out(self) -> bool:
+        return zlib.crc32(self.case.name.encode()) % 4 == 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A profile file: usable rows, versions, and what could not be used."""
+
+    rows: tuple[Row, ...]
+    versions: dict[str, str]
+    failed: int
+    unknown: int
+    """rows left out because the compiler gives no number for one of their kernels."""
+
+
+def read_profile(text: str, clock_hz: float) -> Profile:
+    """Reads the CSV of ``meshwright profile``. Raises MeshwrightError if it is no such file."""
+    first, _, rest = text.partition("\n")
+    if not first.startswith("# "):
+        raise MeshwrightError("the profile has no version line; write it with meshwright profile")
+    versions = dict(part.split("=", 1) for part in first.split()[2:])
+    rows, failed, unknown = [], 0, 0
+    for raw in csv.DictReader(rest.splitlines()):
+        if raw["error"]:
+            failed += 1
+            continue
+        if int(raw["unknown_kernels"] or 0):
+            unknown += 1
+            continue
+        cycles = float(raw["cycles"]) if raw["cycles"] else float(raw["seconds"]) * clock_hz
+        name = f"{raw['kind']}.{raw['variant']}.{raw['dtype']}:{raw['dims'].replace(' ', ',')}"
+        if cycles > 0:
+            rows.append(Row(case=parse_case(name), cycles=cycles))
+    return Profile(rows=tuple(rows), versions=versions, failed=failed, unknown=unknown)
+
+
+def fit_profile(device: Device, profile: Profile) -> tuple[dict[str, Any], Errors]:
+    """The content of the calibration file, and the error on the held-out shapes."""
+    seen = [r for r in profile.rows if not r.held_out]
+    errors = errors_of(device, fit_rows(device, seen, profile.versions), profile.rows)
+    content = fit_rows(device, profile.rows, profile.versions)
+    content["held_out_error"] = {
+        k: {"shapes": n, "median": round(m, 4), "p95": round(h, 4)}
+        for k, (n, m, h) in errors.items()
+    }
+    return content, errors
+
+
+def fit_rows(device: Device, rows: Sequence[Row], versions: dict[str, str]) -> dict[str, Any]:
+    """Constants and residuals fitted to these rows."""
+    content: dict[str, Any] = {"versions": versions, "constants": {}, "neighbours": {}}
+    dots = [r for r in rows if r.case.kind == "matmul"]
+    if dots:
+        constants, points, residuals = _fit_matmul(device, dots)
+        content["constants"]["matmul"] = constants
+        _add_neighbours(content, "matmul", points, residuals)
+    resident = content["constants"].get("matmul", {}).get("resident_bytes", 0.0)
+    loops = [r for r in rows if r.case.kind in ("elementwise", "optimizer")]
+    fused = [r for r in loops if r.case.variant not in _BARE]
+    if len(fused) >= 8:
+        constants = _fit_vector(device, fused, resident)[0]
+        keep = ("start", "memory_factor", "sharpness")
+        content["constants"]["vector"] = {k: constants[k] for k in keep}
+    for kind in VECTOR_KINDS:
+        own = [r for r in rows if r.case.kind == kind]
+        if len(own) >= 8:
+            content["constants"][kind] = _fit_vector(device, own, resident)[0]
+        for variant in sorted({r.case.variant for r in own}):
+            some = [r for r in own if r.case.variant == variant]
+            if len(some) >= 4:
+                constants, points, residuals = _fit_vector(device, some, resident)
+                content["constants"][f"{kind}.{variant}"] = constants
+                _add_neighbours(content, f"{kind}.{variant}", points, residuals)
+    return content
+
+
+def _add_neighbours(
+    content: dict[str, Any], group: str, points: np.ndarray, residuals: np.ndarray
+) -> None:
+    content["neighbours"][group] = {
+        "points": points.round(3).tolist(),
+        "residuals": residuals.round(4).tolist(),
+    }
+
+
+def errors_of(device: Device, content: dict[str, Any], rows: Sequence[Row]) -> Errors:
+    """Error of these constants on the held-out rows, by kind and over all."""
+    fit = parse_calibration(content)
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row.held_out:
+            predicted = predict_cycles(device, fit, row.case)
+            found.setdefault(row.case.kind, []).append(abs(predicted / row.cycles - 1))
+    found["all"] = [e for es in list(found.values()) for e in es]
+    return {
+        k: (len(e), float(np.median(e)), float(np.percentile(e, 95))) for k, e in found.items() if e
+    }
+
+
+def predict_cycles(device: Device, fit: Calibration, item: Case) -> float:
+    """Cycles of a case under this calibration."""
+    if item.kind == "matmul":
+        *sides, size, out = _matmul_arguments([item])
+        model = matmul_cycles(device, fit.constants["matmul"], *sides, size=size, out=out)
+        if "matmul" in fit.neighbours:
+            features = matmul_features(*sides, size=size, out=out)
+            model = model * np.exp(nearby_residuals(*fit.neighbours["matmul"], features))
+        return float(model[0])
+    group = f"{item.kind}.{item.variant}"
+    fallback = item.kind if item.kind in fit.constants else "vector"
+    return float(kernel_cycles(device, fit, group, counts([item])[0], fallback))
+
+
+def _matmul_arguments(items: Sequence[Case]) -> tuple[np.ndarray, ...]:
+    """b, m, k, n, bytes of an operand's element, bytes of a result's."""
+    dims = [dict(c.dims) for c in items]
+    sides = [np.array([float(d[x]) for d in dims]) for x in "bmkn"]
+    size = np.array([item_bytes(c.dtype) for c in items])
+    wide = [c.variant.partition("_")[2] or c.dtype for c in items]
+    return (*sides, size, np.array([item_bytes(t) for t in wide]))
+
+
+def _fit_matmul(device: Device, rows: list[Row]) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    *sides, size, out = _matmul_arguments([r.case for r in rows])
+    measured = np.array([r.cycles for r in rows])
+
+    def cycles(c: dict[str, float]) -> np.ndarray:
+        return matmul_cycles(device, c, *sides, size=size, out=out)
+
+    best: tuple[float, dict[str, float]] | None = None
+    for resident in _RESIDENT_BYTES if device.family == "tpu" else [0.0]:
+        fixed = {"resident_bytes": resident}
+        constants, loss = _least_squares(
+            lambda c, fixed=fixed: cycles(c | fixed), _MATMUL_BOUNDS, measured
+        )
+        if best is None or loss < best[0]:
+            best = (loss, constants | fixed)
+    assert best is not None
+    residuals = np.log(measured / cycles(best[1]))
+    return best[1], matmul_features(*sides, size=size, out=out), residuals
+
+
+def _fit_vector(
+    device: Device, rows: list[Row], resident_bytes: float
+) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    works = counts([r.case for r in rows])
+    names = [f.name for f in dataclasses.fields(Work)]
+    work = Work(**{n: np.array([float(getattr(w, n)) for w in works]) for n in names})
+    measured = np.array([r.cycles for r in rows])
+    bounds = {
+        "start": (2000.0, 50.0, 60000.0),
+        "memory_factor": (1.3, 0.01, 50.0),
+        "register_cycles": (5.0, 1e-3, 3000.0),
+        "sharpness": (3.0, 1.0, 12.0),
+    }
+    if 0 < work.narrow.sum() < len(rows):
+        bounds["narrow_cycles"] = (2.0, 1e-3, 300.0)
+    if np.any(work.flops > 0):
+        bounds["compute_factor"] = (1.3, 0.1, 50.0)
+    if np.any(work.pieces > 0):
+        bounds["per_piece"] = (1.0, 1e-3, 20000.0)
+    fixed = {"resident_bytes": resident_bytes}
+    constants, _ = _least_squares(lambda c: class_cycles(device, c | fixed, work), bounds, measured)
+    constants |= fixed
+    residuals = np.log(measured / class_cycles(device, constants, work))
+    return constants, work_features(work), residuals
+
+
+def _least_squares(
+    model: Callable[[dict[str, float]], np.ndarray],
+    bounds: dict[str, tuple[float, float, float]],
+    measured: np.ndarray,
+) -> tuple[dict[str, float], float]:
+    """Constants within bounds, in logarithms, that make log(model / measured) small."""
+    from scipy.optimize import least_squares
+
+    names = list(bounds)
+    start, low, high = np.log(np.array([bounds[n] for n in names])).T
+    target = np.log(measured)
+
+    def residual(x: np.ndarray) -> np.ndarray:
+        return np.log(model(dict(zip(names, np.exp(x).tolist())))) - target
+
+    found = least_squares(
+        residual, start, bounds=(low, high), loss="soft_l1", f_scale=0.1, max_nfev=200
+    )
+    values = {n: float(f"{v:.5g}") for n, v in zip(names, np.exp(found.x))}
+    return values, float(found.cost)

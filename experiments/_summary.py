@@ -99,8 +99,20 @@ def verification_table(verification: Any) -> Any:
     """What was predicted beside what the compiler says."""
     from rich.table import Table
 
-    verdict = "fits" if verification.fits else "does not fit"
-    table = Table(title=f"XLA's word: {verdict}", title_justify="left")
+    verdict = "the plan compiles and fits" if verification.fits else verification.status
+    if verification.message:
+        verdict += f": {verification.message}"
+    caption = (
+        f"{verification.kernels} kernels, {verification.unknown_kernels} of them without the "
+        f"compiler's estimate; compiled in {words.seconds(verification.compile_time_s)}"
+        f"{' before (cached)' if verification.cached else ''}"
+    )
+    table = Table(
+        title=f"XLA's word: {verdict}",
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+    )
     table.add_column("quantity")
     for head in ("predicted", "compiled", "difference"):
         table.add_column(head, justify="right")

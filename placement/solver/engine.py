@@ -42,9 +42,10 @@ def solve(
     try:
         reduced = cores.reduce(problem)
     except InfeasibleError:
+        least = _least_usage(problem)
         return Solution(
-            assignment=np.zeros(problem.n_nodes, dtype=np.int32),
-            cost=math.inf,
+            assignment=least,
+            cost=problem.cost(least),
             lower_bound=math.inf,
             feasible=False,
             evaluations=0,
@@ -56,6 +57,18 @@ def solve(
         run.offer_problem_assignment(np.asarray(initial))
     run.improve()
     return run.solution(with_bound=bound)
+
+
+def _least_usage(problem: Problem) -> np.ndarray:
+    """[N] int32: each node's allowed strategy that uses least, summed over its entries."""
+    total = np.where(problem.node_costs < FORBIDDEN, 0.0, np.inf)
+    for u, i in enumerate(problem.usage_nodes):
+        start, end = problem.usage_intervals[u]
+        if start < end:
+            amount = problem.usages[problem.usage_offsets[u] : problem.usage_offsets[u + 1]]
+            total[problem.strategy_offsets[i] : problem.strategy_offsets[i + 1]] += amount
+    bounds = zip(problem.strategy_offsets[:-1], problem.strategy_offsets[1:])
+    return np.array([total[a:b].argmin() for a, b in bounds], dtype=np.int32)
 
 
 class _Run:
@@ -140,8 +153,9 @@ class _Run:
         while True:
             before = (self.best_excess, self.best_cost, float(self.scalars[0]))
             self.raise_bound()
-            self.local_search(self.dual_state[2])
-            if self.best is not None:
+            if not self.closed():
+                self.local_search(self.dual_state[2])
+            if self.best is not None and not self.closed():
                 self.local_search(self.best)
             gained = (
                 self.best_excess < before[0]
@@ -182,12 +196,13 @@ class _Run:
         best_x = x.copy()
         prices = self.dual_state[1]
         penalty = max(float(prices.max(initial=0.0)), 1e-4 * abs(cost) / (core.limit or 1.0))
+        n_moves = int(min(2000, 20 * len(x)))
         for _ in range(_REPAIRS):
             repairing = state[1] > 0.0
             if repairing:
                 penalty *= 3.0
                 prices = prices + penalty * (use > core.limit)
-            self._search(x, use, best_x, state, prices, penalty, 300 if repairing else 2000)
+            self._search(x, use, best_x, state, prices, penalty, 300 if repairing else n_moves)
             if not repairing or self.expired():
                 break
         self.offer(best_x)

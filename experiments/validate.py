@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
     if any(a in ("-h", "--help", "help") for a in argv):
         print(__doc__)
         return 0
+    from cost_model.jobs import bands as bands_module
     from cost_model.jobs import constants, pictures, predict, runs, score
 
     path, out, refit = _arguments(argv, str(runs.MEASURED_RUNS))
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     predictions = predict.predict_runs(table.rows, chosen, bands)
     folder = _folder(out)
     _write(folder / "predictions.csv", _csv(predictions))
-    report = score.summary(predictions, chosen.n_fitted)
+    report = score.summary(predictions, chosen.n_fitted, (bands or bands_module.load()).tail)
     report["faults"] = [str(fault) for fault in table.faults]
     _write(folder / "summary.json", json.dumps(_plain(report), indent=1) + "\n")
     pictures.draw(predictions, folder)

@@ -5,7 +5,6 @@
 q10 and q90 are quantiles of log(measured / predicted) over held-out rows of the job's kind: its
 accelerator's vendor, dense or with experts, 16-bit or narrower. A source weighs as the square root
 of its rows. A kind with few rows borrows from all: quantiles are mixed n/(n + 10) to 10/(n + 10).
-The coverage reported for a source comes from the bands of the other sources.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from cost_model.jobs.hardware import FAMILIES
 FILE = pathlib.Path(__file__).with_name("bands.yaml")
 BORROW = 10.0
 _TPU = FAMILIES.index("tpu")
-_LOW, _HIGH = 0.1, 0.9
+COVERED = 0.8
+_TAILS = (0.1, 0.09, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03, 0.02)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class Bands:
 
     by_kind: dict[str, tuple[float, float]]
     everywhere: tuple[float, float]
+    tail: float = 0.1
+    """the share of rows that the calibration leaves out at each end."""
 
     def of(self, jobs: Jobs) -> tuple[np.ndarray, np.ndarray]:
         """[J] factors of the prediction at the 10th and the 90th percentile."""
@@ -54,33 +56,47 @@ def kinds(jobs: Jobs) -> list[str]:
 def calibrate(
     log_residuals: np.ndarray, kind: typing.Sequence[str], source: typing.Sequence[str]
 ) -> Bands:
-    """Bands from residuals log(measured / predicted) of rows, their kinds and sources."""
+    """Bands from residuals log(measured / predicted) of rows, their kinds and sources.
+
+    Quantiles of known sources are too narrow for a source not seen: the tails are cut where bands
+    calibrated without a source hold 80 % of its rows, at 10 % at most.
+    """
+    for tail in _TAILS:
+        if np.mean(coverage(log_residuals, kind, source, tail)) >= COVERED:
+            break
+    return _calibrate(log_residuals, kind, source, tail)
+
+
+def _calibrate(
+    log_residuals: np.ndarray, kind: typing.Sequence[str], source: typing.Sequence[str], tail: float
+) -> Bands:
     if not len(log_residuals):
         return Bands(by_kind={}, everywhere=(-0.25, 0.25))
     count = {name: sum(s == name for s in source) for name in set(source)}
     weight = np.array([1.0 / np.sqrt(count[name]) for name in source])
-    everywhere = _quantiles(log_residuals, weight)
+    everywhere = _quantiles(log_residuals, weight, tail)
     by_kind = {}
     for name in sorted(set(kind)):
         here = np.array([k == name for k in kind])
-        own = _quantiles(log_residuals[here], weight[here])
+        own = _quantiles(log_residuals[here], weight[here], tail)
         share = here.sum() / (here.sum() + BORROW)
         by_kind[name] = tuple(float(share * a + (1 - share) * b) for a, b in zip(own, everywhere))
-    return Bands(by_kind=typing.cast(dict, by_kind), everywhere=everywhere)
+    return Bands(by_kind=typing.cast(dict, by_kind), everywhere=everywhere, tail=tail)
 
 
 def coverage(
-    log_residuals: np.ndarray, kind: typing.Sequence[str], source: typing.Sequence[str]
+    log_residuals: np.ndarray, kind: typing.Sequence[str], source: typing.Sequence[str], tail: float
 ) -> np.ndarray:
-    """[R] bool: inside the band calibrated on the rows of all other sources."""
+    """[R] bool: inside the band calibrated on the rows of all other sources with these tails."""
     inside = np.zeros(len(log_residuals), bool)
     names = np.array(source)
     for name in set(source):
         out = names == name
-        rest = calibrate(
+        rest = _calibrate(
             log_residuals[~out],
             [k for k, o in zip(kind, out) if not o],
             [s for s, o in zip(source, out) if not o],
+            tail,
         )
         for index in np.flatnonzero(out):
             low, high = rest.by_kind.get(kind[index], rest.everywhere)
@@ -90,6 +106,7 @@ def coverage(
 
 def save(bands: Bands, path: pathlib.Path) -> None:
     data = {
+        "tail": bands.tail,
         "everywhere": [round(v, 4) for v in bands.everywhere],
         "by_kind": {k: [round(x, 4) for x in v] for k, v in bands.by_kind.items()},
     }
@@ -105,11 +122,12 @@ def load(path: pathlib.Path = FILE) -> Bands:
     return Bands(
         by_kind={k: tuple(v) for k, v in data["by_kind"].items()},
         everywhere=tuple(data["everywhere"]),
+        tail=data["tail"],
     )
 
 
-def _quantiles(values: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
+def _quantiles(values: np.ndarray, weight: np.ndarray, tail: float) -> tuple[float, float]:
     order = np.argsort(values)
     place = (np.cumsum(weight[order]) - 0.5 * weight[order]) / weight.sum()
-    low, high = np.interp([_LOW, _HIGH], place, values[order])
+    low, high = np.interp([tail, 1 - tail], place, values[order])
     return float(low), float(high)

@@ -155,13 +155,13 @@ def ranking(found: typing.Sequence[Sweep]) -> dict[str, float | int]:
     }
 
 
-def band_coverage(rows: typing.Sequence[Prediction]) -> dict[str, float | int]:
+def band_coverage(rows: typing.Sequence[Prediction], tail: float) -> dict[str, float | int]:
     """Share of rows inside p10 to p90, as shipped and with their own source left out."""
     if not rows:
         return {"rows": 0}
     inside = [p.p10_s <= p.run.measured_step_time_s <= p.p90_s for p in rows]  # type: ignore
     residual = np.array([np.log(p.run.measured_step_time_s / p.step_time_s) for p in rows])  # type: ignore
-    apart = coverage(residual, [p.kind for p in rows], [p.run.source for p in rows])
+    apart = coverage(residual, [p.kind for p in rows], [p.run.source for p in rows], tail)
     return {
         "rows": len(rows),
         "inside_shipped_band": round(float(np.mean(inside)), 4),
@@ -169,7 +169,9 @@ def band_coverage(rows: typing.Sequence[Prediction]) -> dict[str, float | int]:
     }
 
 
-def summary(predictions: typing.Sequence[Prediction], n_fitted: int) -> dict[str, typing.Any]:
+def summary(
+    predictions: typing.Sequence[Prediction], n_fitted: int, tail: float
+) -> dict[str, typing.Any]:
     """All of it, as plain data."""
     rows = timed(predictions)
     target = [p for p in rows if is_target(p)]
@@ -217,8 +219,8 @@ def summary(predictions: typing.Sequence[Prediction], n_fitted: int) -> dict[str
             ],
         },
         "bands": {
-            "held_out": band_coverage(held),
-            "all": band_coverage(rows),
+            "held_out": band_coverage(held, tail),
+            "all": band_coverage(rows, tail),
         },
         "not_predicted": {p.run.id: p.run.reason for p in predictions if p.step_time_s is None},
     }

@@ -35,6 +35,7 @@ VERBS = (
     Verb(name="launch", module="launch", does="train under a plan on the devices that are there"),
     Verb(name="evaluate", module="evaluate", does="score optimizers over a suite of cases"),
     Verb(name="validate", module="validate", does="predict published runs and report the error"),
+    Verb(name="energy", module="energy", does="predict published energy figures"),
     Verb(name="profile", module="profile", does="measure a device's operators"),
     Verb(name="train_policy", module="train_policy", does="train the learned optimizer"),
     Verb(name="solve", module="solve", does="solve a table problem in the contest's format"),

@@ -20,7 +20,7 @@ from cost_model.jobs import hardware, measured
 from cost_model.jobs import shape as shapes
 from cost_model.jobs.columns import DTYPE_BYTES, Jobs, model_columns, stack
 from cost_model.jobs.split import is_fitted
-from cost_model.jobs.stack import facts, remat_shares
+from cost_model.jobs.stack import facts, offload_share, remat_shares
 from graphs.errors import MeshwrightError
 
 MEASURED_RUNS = pathlib.Path(__file__).parent.parent / "data" / "measured_runs.csv"
@@ -324,7 +324,7 @@ def _record(
         "ep": (given["ep"] or 1.0) if model["n_experts"] else 1.0,
         "n_slices": n_slices,
         **{f"remat_{part}": share for part, share in redone.items()},
-        "offload": float("offload" in notes and "CPU offload False" not in notes),
+        "offload": offload_share(notes, model["n_layers"]),
         "matmul_bytes": width,
         "scaled_blocks": float(raw.get("dtype") in ("mxfp8", "nvfp4")),
         "fp16": float(raw.get("dtype") == "fp16"),

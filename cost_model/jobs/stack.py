@@ -86,3 +86,22 @@ def remat_shares(
     if fused:
         return {**kept, "pointwise": 1.0}
     return {**kept, "core": 1.0}
+
+
+def offload_share(notes: str, n_layers: float) -> float:
+    """The share of the kept activations that goes to host memory: all where the notes say that
+    activations are offloaded, the named number of layers where they count them."""
+    text = re.sub(r"(?i)no offload|without offload\w*|offload\w*[ =]*(false|off|none)", "", notes)
+    found = re.search(r"offload", text)
+    if not found:
+        return 0.0
+    counted = re.search(
+        r"offload[^;.]*?(?:num_layers=|of )?(\d+)(?:-\d+)? layers|"
+        r"offload[^;.]*?num_layers=(\d+)",
+        text,
+    )
+    if "offload for a number of layers" in text:
+        return 0.5
+    if counted:
+        return min(float(counted[1] or counted[2]) / n_layers, 1.0)
+    return 1.0

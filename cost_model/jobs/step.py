@@ -21,7 +21,7 @@ import numpy as np
 from cost_model.jobs import counts, layer, network
 from cost_model.jobs.columns import Jobs
 from cost_model.jobs.constants import Constants
-from cost_model.jobs.memory import memory
+from cost_model.jobs.memory import kept_bytes, memory
 
 _DEVICES_PER_NODE = 8.0
 
@@ -48,6 +48,8 @@ class StepTime:
     optimizer_s: np.ndarray
     host_s: np.ndarray
     """the device waiting for the host."""
+    offload_s: np.ndarray
+    """exposed traffic of activations to and from host memory."""
     spread_s: np.ndarray
     """waiting for the slowest node, and for an allocator that runs short."""
 
@@ -95,6 +97,12 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
     context = _beside(attention_core.forward, key_time, c("overlap_residue"))
     context = context + _beside(attention_core.backward, 2 * key_time, c("overlap_residue"))
 
+    # saved activations that travel to host memory and back beside the computation
+    kept, _ = kept_bytes(jobs)
+    travel = kept * jobs.offload / jobs.device.host_bytes_per_s
+    offload = np.maximum(travel - work.forward, 0.0)
+    offload = offload + np.maximum(travel - work.backward - work.redone, 0.0)
+
     # the host launches every kernel: where it is slower than the device, the device waits
     launched = layer.kernels(jobs) * (3.0 + jobs.remat_pointwise) * c("launch_s")
     launched = np.where(jobs.cuda_graphs > 0, 0.0, launched)
@@ -120,7 +128,7 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
 
     # stages
     middle, last = counts.layers_per_stage(jobs)
-    per_layer = work.total + tensor + expert + context + sharded + host
+    per_layer = work.total + tensor + expert + context + sharded + host + offload
     head_time = head.total + table_exposed
     stage_middle = middle * per_layer
     stage_last = last * per_layer + head_time
@@ -175,6 +183,7 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
         "gradient_s": gradient,
         "optimizer_s": optimizer,
         "host_s": used * host,
+        "offload_s": used * offload,
         "spread_s": spread,
     }
     bubble = total + spread - sum(parts.values())

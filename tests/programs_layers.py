@@ -6,6 +6,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from programs_plain import (
     B,
     D,
@@ -18,10 +19,12 @@ from programs_plain import (
     new_attention,
     normal,
     program,
+    seeds,
     tokens,
+    zeros,
 )
 
-from graphs.zoo import ModelConfig, build_train_step, init_state
+from graphs.zoo import ModelConfig, build_train_step
 
 E, N = 8, 8
 """experts, state width"""
@@ -29,7 +32,7 @@ E, N = 8, 8
 
 def _selective_state_space(associative):
     """Mamba (arXiv:2312.00752): depthwise convolution, then h = a h + b x, y = c h."""
-    e, i, w, p, o, h = jax.random.split(jax.random.key(0), 6)
+    e, i, w, p, o, h = seeds(0, 6)
     params = {
         "embedding": normal(e, (V, D), D),
         "layers": {
@@ -91,7 +94,7 @@ def state_space_associative_scan():
 
 
 def lstm_scan():
-    e, i, r, h = jax.random.split(jax.random.key(0), 4)
+    e, i, r, h = seeds(0, 4)
     params = {
         "embedding": normal(e, (V, D), D),
         "input": normal(i, (D, 4 * D)),
@@ -119,7 +122,7 @@ def lstm_scan():
 
 def vision_transformer():
     """Patches by a strided convolution, bidirectional attention, mean pooling."""
-    c, p, a, u, h = jax.random.split(jax.random.key(0), 5)
+    c, p, a, u, h = seeds(0, 5)
     params = {
         "patch": normal(c, (4, 4, 3, D), 48),
         "position": normal(p, (16, D), D),
@@ -142,12 +145,12 @@ def vision_transformer():
         x = x + jax.nn.gelu(x @ params["up"]) @ params["down"]
         return cross_entropy(x.mean(axis=1) @ params["head"], batch["label"])
 
-    image = jax.random.normal(jax.random.key(1), (B, 16, 16, 3))
+    image = normal(1, (B, 16, 16, 3), 1)
     return program(loss_fn, params, {"image": image, "label": jnp.arange(B) % 8})
 
 
 def convolutional_network():
-    a, b, h = jax.random.split(jax.random.key(0), 3)
+    a, b, h = seeds(0, 3)
     params = {
         "conv_1": normal(a, (3, 3, 8, D), 72),
         "conv_2": normal(b, (3, 3, D, D), 9 * D),
@@ -165,13 +168,14 @@ def convolutional_network():
             x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
         return cross_entropy(x.mean(axis=(1, 2)) @ params["head"], batch["label"])
 
-    image = jax.random.normal(jax.random.key(1), (B, 16, 16, 8))
-    return program(loss_fn, params, {"image": image, "label": jnp.arange(B) % 8})
+    image = normal(1, (B, 16, 16, 8), 1)
+    batch = {"image": image, "label": jnp.arange(B) % 8}
+    return program(loss_fn, params, batch, optax.adam(1e-3))
 
 
 def experts_by_einsum():
     """GShard's one-hot dispatch (arXiv:2006.16668), with its load-balancing loss."""
-    e, r, u, d, h = jax.random.split(jax.random.key(0), 5)
+    e, r, u, d, h = seeds(0, 5)
     capacity = 2 * S // E * 2
     params = {
         "embedding": normal(e, (V, D), D),
@@ -219,15 +223,13 @@ def _zoo(dims, **options):
     }
     config = ModelConfig(**{**base, **dims})
     options = {"learning_rate": 1e-2, "compute_dtype": "float32", **options}
-    step, _, donate = build_train_step(config, global_batch=B, **options)
-    shared = ("optimizer", "scan", "optimizer_state_dtype", "learning_rate")
-    state = init_state(
-        config, jax.random.key(0), **{k: v for k, v in options.items() if k in shared}
-    )
+    step, (params, opt_state, _), donate = build_train_step(config, global_batch=B, **options)
+    leaves, structure = jax.tree.flatten(params)
+    leaves = [normal(i, x.shape, D) for i, x in enumerate(leaves)]
     batch = tokens()
     if config.encoder_layers:
         batch["encoder_inputs"] = tokens(2)["inputs"]
-    return step, (*state, batch), donate
+    return step, (jax.tree.unflatten(structure, leaves), zeros(opt_state), batch), donate
 
 
 MOE = {"n_experts": E, "experts_per_token": 2, "moe_d_ff": F, "shared_experts": 1}
@@ -307,7 +309,7 @@ def zoo_encoder_decoder():
 def constants_closed_over():
     """A table that is an array constant of the program, not an argument."""
     table = np.sin(np.arange(S * D).reshape(S, D)).astype(np.float32)
-    e, h = jax.random.split(jax.random.key(0))
+    e, h = seeds(0, 2)
     params = {"embedding": normal(e, (V, D), D), "head": normal(h, (D, V))}
 
     def loss_fn(params, batch):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen, nnx
 from flax.training.train_state import TrainState
-from programs_plain import B, D, F, L, S, V, cross_entropy, program, tokens
+from programs_plain import B, D, F, L, S, V, cross_entropy, initial, normal, program, tokens
 
 
 class NnxBlock(nnx.Module):
@@ -203,7 +203,7 @@ def haiku_batch_norm_state():
         return hk.Linear(8)(jax.nn.relu(x))
 
     model = hk.without_apply_rng(hk.transform_with_state(forward))
-    x = jax.random.normal(jax.random.key(1), (B, D))
+    x = normal(1, (B, D), 1)
     batch = {"x": x, "label": jnp.arange(B) % 8}
     params, averages = model.init(jax.random.key(0), x)
     rule = optax.adam(1e-2)
@@ -219,7 +219,7 @@ def haiku_batch_norm_state():
         updates, opt_state = rule.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), (opt_state, averages), {"loss": loss}
 
-    return train_step, (params, (rule.init(params), averages), batch), (0, 1)
+    return train_step, (params, (initial(rule, params), averages), batch), (0, 1)
 
 
 PROGRAMS = {

@@ -6,19 +6,35 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 B, S, D, H, K, F, V, L = 8, 16, 32, 8, 8, 64, 64, 2
 """batch, sequence, width, heads, head width (heads need not split D), hidden, vocabulary, layers"""
 
 
-def normal(key, shape, fan_in=None):
-    return jax.random.normal(key, shape) / (fan_in or shape[0]) ** 0.5
+def seeds(seed, n):
+    return [1000 * seed + i + 1 for i in range(n)]
+
+
+def normal(seed, shape, fan_in=None):
+    # numpy, because each jax.random call of a new shape is one more compilation
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return jnp.asarray(values / (fan_in or shape[0]) ** 0.5)
 
 
 def tokens(seed=1, length=S):
-    ids = jax.random.randint(jax.random.key(seed), (B, length + 1), 0, V)
-    return {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
+    ids = np.random.default_rng(seed).integers(0, V, (B, length + 1), np.int32)
+    return {"inputs": jnp.asarray(ids[:, :-1]), "targets": jnp.asarray(ids[:, 1:])}
+
+
+def zeros(abstract):
+    return jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), abstract)
+
+
+def initial(rule, params):
+    """Optimizer state before the first step: zeros, for every rule used here."""
+    return zeros(jax.eval_shape(rule.init, params))
 
 
 def rms(x, scale):
@@ -39,7 +55,7 @@ def attention(params, x, memory=None, causal=True):
 
 
 def new_attention(key):
-    q, k, v, o = jax.random.split(key, 4)
+    q, k, v, o = seeds(key, 4)
     return {
         "query": normal(q, (D, H, K)),
         "key": normal(k, (D, H, K)),
@@ -49,7 +65,7 @@ def new_attention(key):
 
 
 def new_layer(key):
-    a, u, d = jax.random.split(key, 3)
+    a, u, d = seeds(key, 3)
     return {
         "attention": new_attention(a),
         "up": normal(u, (D, F)),
@@ -65,11 +81,11 @@ def layer(params, x):
 
 
 def new_transformer(key, tied=False, stacked=True):
-    e, h, *keys = jax.random.split(key, 2 + L)
+    e, h, *keys = seeds(key, 2 + L)
     layers = [new_layer(k) for k in keys]
     params = {
         "embedding": normal(e, (V, D), D),
-        "layers": jax.tree.map(lambda *x: jnp.stack(x), *layers) if stacked else layers,
+        "layers": jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *layers) if stacked else layers,
         "scale": jnp.ones(D),
     }
     return params if tied else {**params, "head": normal(h, (D, V))}
@@ -108,7 +124,7 @@ def step_with(loss, rule):
 
 def program(loss, params, batch, rule=None):
     rule = optax.adam(1e-2) if rule is None else rule
-    return step_with(loss, rule), (params, rule.init(params), batch), (0, 1)
+    return step_with(loss, rule), (params, initial(rule, params), batch), (0, 1)
 
 
 def plain_sgd_without_a_library():
@@ -116,38 +132,36 @@ def plain_sgd_without_a_library():
         loss, grads = jax.value_and_grad(language_loss)(params, batch)
         return jax.tree.map(lambda p, g: p - 0.3 * g, params, grads), loss
 
-    return train_step, (new_transformer(jax.random.key(0)), tokens()), (0,)
+    return train_step, (new_transformer(0), tokens()), (0,)
 
 
 def unrolled_layers_tied_embeddings():
-    params = new_transformer(jax.random.key(0), tied=True, stacked=False)
+    params = new_transformer(0, tied=True, stacked=False)
     return program(language_loss, params, tokens())
 
 
 def adamw_clipped():
     rule = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
-    return program(language_loss, new_transformer(jax.random.key(0)), tokens(), rule)
+    return program(language_loss, new_transformer(0), tokens(), rule)
 
 
 def adamw_with_schedule():
     schedule = optax.warmup_cosine_decay_schedule(1e-3, 1e-2, 2, 10)
-    return program(
-        language_loss, new_transformer(jax.random.key(0)), tokens(), optax.adamw(schedule)
-    )
+    return program(language_loss, new_transformer(0), tokens(), optax.adamw(schedule))
 
 
 def adafactor():
     rule = optax.adafactor(1e-1, min_dim_size_to_factor=8)
-    return program(language_loss, new_transformer(jax.random.key(0)), tokens(), rule)
+    return program(language_loss, new_transformer(0), tokens(), rule)
 
 
 def lion():
-    return program(language_loss, new_transformer(jax.random.key(0)), tokens(), optax.lion(3e-3))
+    return program(language_loss, new_transformer(0), tokens(), optax.lion(3e-3))
 
 
 def sgd_with_momentum():
     rule = optax.sgd(0.1, momentum=0.9, nesterov=True)
-    return program(language_loss, new_transformer(jax.random.key(0)), tokens(), rule)
+    return program(language_loss, new_transformer(0), tokens(), rule)
 
 
 def accumulation_by_scan():
@@ -165,8 +179,8 @@ def accumulation_by_scan():
         updates, opt_state = rule.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, {"loss": loss}
 
-    params = new_transformer(jax.random.key(0))
-    return train_step, (params, rule.init(params), tokens()), (0, 1)
+    params = new_transformer(0)
+    return train_step, (params, initial(rule, params), tokens()), (0, 1)
 
 
 def _dropout(key):
@@ -192,8 +206,8 @@ def _dropout(key):
         updates, opt_state = rule.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), (opt_state, key), {"loss": loss}
 
-    params = new_transformer(jax.random.key(0))
-    return train_step, (params, (rule.init(params), key), tokens()), (0, 1)
+    params = new_transformer(0)
+    return train_step, (params, (initial(rule, params), key), tokens()), (0, 1)
 
 
 def dropout_with_typed_key():
@@ -205,7 +219,7 @@ def dropout_with_raw_key():
 
 
 def encoder_decoder_attention():
-    e, c, d, m, h = jax.random.split(jax.random.key(0), 5)
+    e, c, d, m, h = seeds(0, 5)
     params = {
         "embedding": normal(e, (V, D), D),
         "encoder": new_layer(c),
@@ -240,7 +254,7 @@ def rematerialised_layers_bfloat16():
         logits = (rms(x, narrow["scale"]) @ narrow["head"]).astype(jnp.float32)
         return cross_entropy(logits, batch["targets"])
 
-    return program(loss_fn, new_transformer(jax.random.key(0)), tokens())
+    return program(loss_fn, new_transformer(0), tokens())
 
 
 def custom_vjp_norm_and_custom_jvp_activation():
@@ -275,7 +289,7 @@ def custom_vjp_norm_and_custom_jvp_activation():
         x, _ = jax.lax.scan(body, params["embedding"][batch["inputs"]], params["layers"])
         return cross_entropy(norm(x, params["scale"]) @ params["head"], batch["targets"])
 
-    return program(loss_fn, new_transformer(jax.random.key(0)), tokens())
+    return program(loss_fn, new_transformer(0), tokens())
 
 
 def while_loop_and_cond():
@@ -301,7 +315,7 @@ def while_loop_and_cond():
         params = jax.lax.cond(jnp.isfinite(loss), update, lambda grads: params, grads)
         return params, loss
 
-    return train_step, (new_transformer(jax.random.key(0)), tokens()), (0,)
+    return train_step, (new_transformer(0), tokens()), (0,)
 
 
 def orthogonalised_momentum():
@@ -323,7 +337,7 @@ def orthogonalised_momentum():
         updates["layers"]["up"] = orthogonalise(momentum["layers"]["up"])
         return jax.tree.map(lambda p, u: p - 0.05 * u, params, updates), momentum, loss
 
-    params = new_transformer(jax.random.key(0))
+    params = new_transformer(0)
     return train_step, (params, jax.tree.map(jnp.zeros_like, params), tokens()), (0, 1)
 
 
@@ -341,14 +355,14 @@ def dynamic_loss_scale():
         )
         return params, jnp.where(finite, scale, scale / 2), {"loss": loss / scale}
 
-    return train_step, (new_transformer(jax.random.key(0)), jnp.float32(8.0), tokens()), (0, 1)
+    return train_step, (new_transformer(0), jnp.float32(8.0), tokens()), (0, 1)
 
 
 def low_rank_adapters():
     """Fine-tuning: the base is an argument that no step changes."""
     rule = optax.adam(3e-2)
-    base = new_transformer(jax.random.key(0))
-    keys = jax.random.split(jax.random.key(3), 2)
+    base = new_transformer(0)
+    keys = seeds(3, 2)
     adapters = {"down": normal(keys[0], (D, 8)), "up": jnp.zeros((8, V))}
 
     def loss_fn(adapters, base, batch):
@@ -360,15 +374,15 @@ def low_rank_adapters():
         updates, opt_state = rule.update(grads, opt_state, adapters)
         return optax.apply_updates(adapters, updates), opt_state, {"loss": loss}
 
-    return train_step, (adapters, rule.init(adapters), base, tokens()), (0, 1)
+    return train_step, (adapters, initial(rule, adapters), base, tokens()), (0, 1)
 
 
 def contrastive_towers():
     """Two encoders, a similarity matrix over the whole batch."""
-    a, b = jax.random.split(jax.random.key(0))
+    a, b = seeds(0, 2)
     params = {
         "text": new_transformer(a),
-        "image": {"in": normal(b, (F, D)), "out": normal(jax.random.key(4), (D, V))},
+        "image": {"in": normal(b, (F, D)), "out": normal(4, (D, V))},
         "temperature": jnp.zeros(()),
     }
 
@@ -380,7 +394,7 @@ def contrastive_towers():
         labels = jnp.arange(B)
         return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
 
-    image = jax.random.normal(jax.random.key(5), (B, F))
+    image = normal(5, (B, F), 1)
     return program(loss_fn, params, {"inputs": tokens()["inputs"], "image": image})
 
 

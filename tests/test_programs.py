@@ -8,6 +8,8 @@ import pytest
 from programs import PROGRAMS, loss_of, next_args
 
 N_STEPS = 3
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""The programs run for milliseconds and compile for seconds."""
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -15,7 +17,7 @@ def test_traces_runs_and_learns(name):
     train_step, args, donate_argnums = PROGRAMS[name]()
     assert donate_argnums == tuple(range(len(donate_argnums)))
     shapes = jax.tree.map(jnp.shape, args)
-    step = jax.jit(train_step)
+    step = jax.jit(train_step, compiler_options=QUICK)
     losses = []
     for _ in range(N_STEPS):
         results = step(*args)

@@ -13,7 +13,8 @@ A matrix multiplication of ``b`` products [m, k] @ [k, n] takes, in cycles of th
 - drain: results leave the matrix unit in registers of 8 x 128: ``drain_16`` or ``drain_32`` cycles
   each by result width, ``drain_k`` more for each 1024 of k (partial sums);
 - load: ``load_32`` cycles per register of 32-bit operands (split for the 16-bit matrix unit);
-- copy: a batch whose sides are not whole registers is laid out anew, ``copy_ragged`` per register.
+- copy: where a side is no multiple of 8 and the batch is, the compiler keeps the batch in the
+  registers' rows and copies the result, ``copy_ragged`` per register.
 
 Everything else moves data and works on vectors: per class of operator (element-wise, reductions,
 moves, gathers, ...) ``start + (memory^p + vector^p)^(1/p) + per_piece pieces``: vector is
@@ -178,7 +179,7 @@ def matmul_cycles(
     wide = np.asarray(out) > 2
     drain = registers * (np.where(wide, c["drain_32"], c["drain_16"]) + c["drain_k"] * k / 1024)
     load = np.where(np.asarray(size) > 2, c["load_32"] * (left + right) / 4096, 0.0)
-    ragged = (b > 1) & ((m % 16 > 0) | ((n % 128 > 0) & (n > 128)))
+    ragged = ((b % 8 == 0) | (b == 2) | (b == 4)) & ((m % 8 > 0) | (n % 8 > 0))
     copy = np.where(ragged, c["copy_ragged"] * registers, 0.0)
     peak_of_three = _soft_max(c["sharpness"], compute, memory, drain)
     return _start(device, c) + peak_of_three + load + copy + c["per_product"] * b
@@ -265,10 +266,10 @@ def elementwise_time_s(device: Device, n_bytes: ArrayLike, vector_flops: ArrayLi
     """Seconds of a fused element-wise kernel: the longer of its bytes and its vector flops."""
     n_bytes, work = np.asarray(n_bytes, dtype=np.float64), np.asarray(vector_flops, np.float64)
     c = load_calibration(device.name).constants["vector"]
-    # flops count at the rate of the vector unit: as registers of one cycle each
+    # counted as registers at the vector unit's peak, so that the fitted factor says how far from it
     registers = work / (device.vector_flops_per_s / device.core_clock_hz)
     counted = Work(n_bytes=n_bytes, registers=registers)
-    cycles = class_cycles(device, {**c, "register_cycles": 1.0}, counted)
+    cycles = class_cycles(device, {"register_cycles": 4.0, **c}, counted)
     return np.where(n_bytes + work > 0, cycles / device.core_clock_hz, 0.0)
 
 

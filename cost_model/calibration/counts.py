@@ -16,12 +16,34 @@ VECTOR_KINDS += ("optimizer",)
 """Kinds whose cycles follow kernel_cycles."""
 
 _INPUTS = {"add": 2, "add3": 3, "silu_mul": 2, "where": 2, "chain4": 2, "concatenate": 2}
+_INSTRUCTIONS = {
+    "scale": 1,
+    "add": 1,
+    "add3": 2,
+    "silu_mul": 8,
+    "gelu": 14,
+    "exp": 6,
+    "tanh": 6,
+    "to_f32": 1,
+    "where": 3,
+    "chain4": 16,
+    "adamw": 28,
+    "lion": 10,
+    "sgd": 2,
+}
+"""Vector instructions of an element, six for a transcendental, as the tables count them."""
 _STATES = {"adamw": 3, "lion": 2, "sgd": 1}
 
 
 def counts(items: Sequence[Case]) -> list[Work]:
     """Work of each case."""
     return [_COUNTS[c.kind](c) for c in items]
+
+
+def vector_instructions(c: Case) -> float:
+    """Vector instructions of an element-wise or optimizer case, on whole registers."""
+    d = dict(c.dims)
+    return 1024 * _registers(d["r"], d["c"]) * _INSTRUCTIONS[c.variant]
 
 
 def _registers(*shape: int) -> float:

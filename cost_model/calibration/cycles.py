@@ -58,6 +58,9 @@ def _total(bodies: dict[str, list[str]], name: str) -> Cycles:
             kernels += 1
             unknown += not known
             cycles += value if known else 0
+        elif " sort(" in line:
+            kernels += 1
+            unknown += 1
         copy = _COPY.search(line)
         if copy:
             copied += _bytes(copy.group(1), copy.group(2))

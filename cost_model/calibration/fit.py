@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cost_model.calibration.counts import VECTOR_KINDS, counts
+from cost_model.calibration.counts import VECTOR_KINDS, counts, vector_instructions
 from cost_model.calibration.programs import Case, parse_case
 from cost_model.compute import (
     Calibration,
@@ -49,6 +49,8 @@ _MATMUL_BOUNDS: dict[str, tuple[float, float, float]] = {
     "sharpness": (2.5, 1.0, 12),
 }
 """Start, least and greatest value of each constant in the fit."""
+_LEAST_CYCLES = 1000
+"""No kernel starts in less; a smaller sum means that one has no estimate."""
 _BARE = ("add", "exp")
 """Programs of one instruction: not a fusion, so the compiler does not tune their windows."""
 _RESIDENT_BYTES = [0.0, *(2.0**20 * x for x in (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 110, 120))]
@@ -93,6 +95,10 @@ def read_profile(text: str, clock_hz: float) -> Profile:
         if int(raw["unknown_kernels"] or 0):
             unknown += 1
             continue
+        # a sort alone shows only the cycles of its neighbours
+        if raw["cycles"] and float(raw["cycles"]) < _LEAST_CYCLES:
+            unknown += 1
+            continue
         cycles = float(raw["cycles"]) if raw["cycles"] else float(raw["seconds"]) * clock_hz
         name = f"{raw['kind']}.{raw['variant']}.{raw['dtype']}:{raw['dims'].replace(' ', ',')}"
         if cycles > 0:
@@ -124,9 +130,7 @@ def fit_rows(device: Device, rows: Sequence[Row], versions: dict[str, str]) -> d
     loops = [r for r in rows if r.case.kind in ("elementwise", "optimizer")]
     fused = [r for r in loops if r.case.variant not in _BARE]
     if len(fused) >= 8:
-        constants = _fit_vector(device, fused, resident)[0]
-        keep = ("start", "memory_factor", "sharpness")
-        content["constants"]["vector"] = {k: constants[k] for k in keep}
+        content["constants"]["vector"] = _fit_any_loop(device, fused)
     for kind in VECTOR_KINDS:
         own = [r for r in rows if r.case.kind == kind]
         if len(own) >= 8:
@@ -230,6 +234,24 @@ def _fit_vector(
     constants |= fixed
     residuals = np.log(measured / class_cycles(device, constants, work))
     return constants, work_features(work), residuals
+
+
+def _fit_any_loop(device: Device, rows: list[Row]) -> dict[str, float]:
+    """Constants of element-wise kernels of which only bytes and instructions are known."""
+    cases = [r.case for r in rows]
+    rate = device.vector_flops_per_s / device.core_clock_hz
+    work = Work(
+        n_bytes=np.array([w.n_bytes for w in counts(cases)]),
+        registers=np.array([vector_instructions(c) for c in cases]) / rate,
+    )
+    bounds = {
+        "start": (2000.0, 50.0, 60000.0),
+        "memory_factor": (1.3, 0.5, 10.0),
+        "register_cycles": (3.0, 0.1, 100.0),
+        "sharpness": (4.0, 3.0, 12.0),
+    }
+    measured = np.array([r.cycles for r in rows])
+    return _least_squares(lambda c: class_cycles(device, c, work), bounds, measured)[0]
 
 
 def _least_squares(

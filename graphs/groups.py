@@ -4,9 +4,9 @@ A *heavy* op (contraction, gather, scatter, unknown) is a group of its own: it d
 computed, hence the sharding of its operands and of its result. *Light* ops (elementwise, reductions,
 views) follow each other: a connected set of them is one group with one class per named dimension,
 and that class is sharded the same way everywhere in the group. Where joining would give two
-dimensions of one tensor the same class, where a small operand is broadcast into a larger result, or
-where an operator needs a dimension complete, the operand is
-not joined: the group reads a *view* of it, a copy that may be sharded differently, and the price of
+dimensions of one tensor the same class, where a small operand is broadcast into a larger result,
+where the batch is summed away, or where an operator needs a dimension complete, the operand is not
+joined: the group reads a *view* of it, a copy that may be sharded differently, and the price of
 resharding lies between the two groups.
 
 Inputs used by heavy ops (weights, batches) are groups of their own, with what is cast or sliced from
@@ -321,6 +321,8 @@ class _Joiner:
     def _joins(self, t, op, rule, i, n_big) -> bool:
         if t in self.heavy or _cuts(rule, op, self.graph, i):
             return False
+        if op.primitive.startswith("reduce_") and 0 in op.params.get("axes", ()):
+            return False  # a sum over the batch (the gradient of a scale or bias) meets the optimizer
         n = math.prod(self.graph.tensors[t].shape)
         if n < math.prod(self.graph.tensors[op.outputs[0]].shape) and op.primitive not in (
             "scan_stack",

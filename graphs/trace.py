@@ -27,7 +27,7 @@ def trace(fn: Callable, *args: Any, donate_argnums: Sequence[int] = ()) -> Graph
 
     Raises MeshwrightError if the function cannot be traced.
     """
-    abstract = jax.tree.map(_abstract, args)
+    bare = jax.tree.map(abstract, args)
     for n in donate_argnums:
         if not 0 <= n < len(args):
             raise MeshwrightError(
@@ -35,14 +35,14 @@ def trace(fn: Callable, *args: Any, donate_argnums: Sequence[int] = ()) -> Graph
                 "give positions that exist"
             )
     try:
-        closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*abstract)
+        closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*bare)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise MeshwrightError(
             f"the function cannot be traced by JAX with these arguments "
             f"({type(error).__name__}: {first}); call it under jax.make_jaxpr to see the full error"
         ) from error
-    flat_in = jax.tree_util.tree_flatten_with_path(abstract)[0]
+    flat_in = jax.tree_util.tree_flatten_with_path(bare)[0]
     flat_out = jax.tree_util.tree_flatten_with_path(out_shape)[0]
     input_names = tuple(jax.tree_util.keystr(path) for path, _ in flat_in)
     output_names = tuple(jax.tree_util.keystr(path) for path, _ in flat_out)
@@ -88,7 +88,8 @@ def graph_of_jaxpr(closed, input_names=None, output_names=None, donated=None) ->
     )
 
 
-def _abstract(leaf):
+def abstract(leaf):
+    """Shape and type of an argument leaf, without its sharding. Raises MeshwrightError if it has none."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):

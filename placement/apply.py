@@ -16,6 +16,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from graphs._jaxpr import called_jaxpr, open_jaxpr
+from graphs.trace import abstract
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,7 +267,8 @@ def apply(fn: Callable, constraints: Constraints, mesh, check: Callable[[Any], N
     """``fn`` with the constraints; ``check`` receives each traced jaxpr and may refuse it."""
 
     def wrapped(*args):
-        closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+        bare = jax.tree.map(abstract, args)  # as planned: without shardings of the caller's
+        closed, shape = jax.make_jaxpr(fn, return_shape=True)(*bare)
         check(closed)
         flat = jax.tree.leaves(args)
         outs = constrained(closed, constraints, mesh, flat)

@@ -10,7 +10,7 @@ ELEMENTWISE = (
     "copy copy_p cos cosh device_put digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge "
     "gt igamma igammac imag integer_pow is_finite layout_constraint le le_to lgamma log log1p "
     "logistic lt lt_to max merge mesh_cast min mul name ne neg nextafter not optimization_barrier "
-    "or polygamma population_count pow pvary random_gamma random_unwrap random_wrap real "
+    "or polygamma population_count pow pvary random_gamma real "
     "reduce_precision regularized_incomplete_beta rem reshard round rsqrt select_n "
     "sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt "
     "square stop_gradient sub tan tanh threefry2x32 xor zeta"
@@ -37,6 +37,18 @@ def elementwise(params, ins, outs) -> OpRule:
         results=tuple(align(s) for s in outs),
         sizes=tuple(build.sizes),
     )
+
+
+@register_rule("random_wrap", "random_unwrap")
+def key_data(params, ins, outs) -> OpRule:
+    """Keys and their words: the words' dimension is whole, the ones before it are shared."""
+    build = FactorBuilder()
+    shared = tuple(build.dims(min(ins[0], outs[0], key=len)))
+
+    def pad(s):
+        return shared + (WHOLE,) * (len(s) - len(shared))
+
+    return OpRule(operands=(pad(ins[0]),), results=(pad(outs[0]),), sizes=tuple(build.sizes))
 
 
 def _one_to_one(ins, outs) -> OpRule:

@@ -113,6 +113,8 @@ class Jobs:
     """1: freed memory is cached and flushed when memory runs short."""
     fused_experts: np.ndarray
     """1: grouped matmuls are fused with activation, quantisation and permutation."""
+    skips_last: np.ndarray
+    """1: recomputation stops before a layer's last matmul."""
     staged_network: np.ndarray
     """1: network transfers pass through host memory."""
     fp32_pointwise: np.ndarray

@@ -1,0 +1,150 @@
+"""The plan space of a whole job: every combination of degrees, schedule, microbatch and memory use.
+
+A *group* fixes what decides the lower bounds: tensor, context, pipeline and expert degrees, chunks
+per stage, microbatch, and how weights are sharded. Its *members* differ in rematerialisation and
+offload, which only add time and only take away memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from cost_model.jobs.columns import Jobs
+
+REMAT = {
+    # name: what is computed again, and the share of the kept activations that goes to the host
+    "none": ((), 0.0),
+    "pointwise": (("pointwise",), 0.0),
+    "mlp": (("up", "pointwise"), 0.0),
+    "attention": (("core", "qkv", "pointwise"), 0.0),
+    "full": (("core", "qkv", "out", "up", "down", "pointwise"), 0.0),
+    "none, offloaded": ((), 1.0),
+    "mlp, rest offloaded": (("up", "pointwise"), 1.0),
+    "full, offloaded": (("core", "qkv", "out", "up", "down", "pointwise"), 1.0),
+}
+"""Rematerialisation policies, least recomputation first."""
+_PARTS = ("core", "qkv", "out", "up", "down", "pointwise")
+_MAX_TENSOR, _MAX_CONTEXT, _MAX_CHUNKS = 64, 64, 16
+_MAX_MICRO = 64.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Groups:
+    """G groups as columns, whole numbers as float64."""
+
+    tp: np.ndarray
+    cp: np.ndarray
+    pp: np.ndarray
+    vpp: np.ndarray
+    ep: np.ndarray
+    dp: np.ndarray
+    micro_batch: np.ndarray
+    zero_stage: np.ndarray
+    fsdp: np.ndarray
+
+    @property
+    def n_groups(self) -> int:
+        return len(self.tp)
+
+    def take(self, index: np.ndarray) -> Groups:
+        return Groups(**{f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)})
+
+
+def groups(job: Jobs) -> Groups:
+    """All groups of one job (a table of one row)."""
+    one = {
+        f.name: float(getattr(job, f.name)[0])
+        for f in dataclasses.fields(Jobs)
+        if f.name != "device"
+    }
+    n, batch = int(one["n_devices"]), one["global_batch"]
+    domain = int(min(job.device.domain[0], n / one["n_slices"]))
+    heads, layers = int(one["n_heads"]), int(one["n_layers"])
+    experts = int(one["n_experts"])
+    rows: list[tuple[float, ...]] = []
+    tensor = [t for t in _divisors(n, _MAX_TENSOR) if heads % t == 0 and t <= domain]
+    context = [c for c in _powers(_MAX_CONTEXT) if one["seq_len"] % (2 * c) == 0]
+    stages = [p for p in _divisors(n, layers) if _stages_even(layers, p)]
+    for tp, cp, pp in itertools.product(tensor, context, stages):
+        if n % (tp * cp * pp):
+            continue
+        dp = n // (tp * cp * pp)
+        if batch % dp:
+            continue
+        local = batch / dp
+        micros = [b for b in _divisors(int(local), int(_MAX_MICRO))]
+        expert = [e for e in _divisors(experts, dp * cp * tp) if dp * cp * tp % e == 0] or [1]
+        for micro in micros:
+            m = local / micro
+            for vpp in _chunks(layers, pp, m):
+                for ep in expert:
+                    rows.extend(
+                        (tp, cp, pp, vpp, ep, dp, micro, zero, fsdp)
+                        for zero, fsdp in _shardings(dp * cp, pp, domain // max(tp, 1))
+                    )
+    columns = np.array(rows, float).reshape(-1, 9).T
+    names = [f.name for f in dataclasses.fields(Groups)]
+    return Groups(**dict(zip(names, columns)))
+
+
+def members(job: Jobs, chosen: Groups, remat: str) -> Jobs:
+    """The jobs of these groups with one rematerialisation policy."""
+    redone, offload = REMAT[remat]
+    base = job.take(np.zeros(chosen.n_groups, int))
+    # XLA and PyTorch leave out a recomputed layer's last matmul where the job's own software does
+    skips = float(job.caching_allocator[0] == 0 or job.skips_last[0] > 0)
+    shares = {f"remat_{part}": float(part in redone) for part in _PARTS}
+    if redone and skips:
+        shares["remat_down"] = 0.0
+    if not job.fused_attention[0] and not redone:
+        shares["remat_core"] = 0.0
+    return base.replace(
+        tp=chosen.tp,
+        cp=chosen.cp,
+        pp=chosen.pp,
+        vpp=chosen.vpp,
+        ep=chosen.ep,
+        dp=chosen.dp,
+        micro_batch=chosen.micro_batch,
+        zero_stage=chosen.zero_stage,
+        fsdp=chosen.fsdp,
+        sp=(chosen.tp > 1).astype(float),
+        offload=offload,
+        **shares,
+    )
+
+
+def _shardings(ways: int, pp: int, near: int) -> list[tuple[float, float]]:
+    """(ZeRO stage, sharding group): optimizer state only; weights over all ways or one fast
+    domain. With stages, weights stay whole: gathering them for each microbatch does not pay."""
+    if ways == 1:
+        return [(1.0, 1.0)]
+    found = [(1.0, 1.0), (3.0, float(ways)), (2.0, float(ways))] if pp == 1 else [(1.0, 1.0)]
+    if pp == 1 and 1 < near < ways and ways % near == 0:
+        found.append((3.0, float(near)))
+    return found
+
+
+def _stages_even(layers: int, pp: int) -> bool:
+    return layers % pp == 0 or (layers + 2) % pp == 0 or pp == 1
+
+
+def _chunks(layers: int, pp: int, m: float) -> list[int]:
+    """Chunks per stage of the interleaved schedule: microbatches in rounds of pp."""
+    if pp == 1 or m % pp:
+        return [1]
+    total = layers if layers % pp == 0 else layers + 2
+    return [v for v in range(1, _MAX_CHUNKS + 1) if (total // pp) % v == 0]
+
+
+def _divisors(n: int, most: int) -> list[int]:
+    if n < 1:
+        return []
+    return [d for d in range(1, min(n, most) + 1) if n % d == 0]
+
+
+def _powers(most: int) -> list[int]:
+    return [2**i for i in range(most.bit_length()) if 2**i <= most]

@@ -113,6 +113,8 @@ class Jobs:
     """1: freed memory is cached and flushed when memory runs short."""
     fused_experts: np.ndarray
     """1: grouped matmuls are fused with activation, quantisation and permutation."""
+    expert_tp: np.ndarray
+    """1: experts are split over the tensor ranks as well as over the expert ranks."""
     skips_last: np.ndarray
     """1: recomputation stops before a layer's last matmul."""
     staged_network: np.ndarray

@@ -78,6 +78,11 @@ def microbatches(jobs: Jobs) -> np.ndarray:
     return np.maximum(jobs.global_batch / (jobs.dp * jobs.micro_batch), 1.0)
 
 
+def expert_ways(jobs: Jobs) -> np.ndarray:
+    """[J] ways that the routed experts of a layer are split, apart from weight sharding."""
+    return np.maximum(jobs.ep, 1.0) * np.where(jobs.expert_tp > 0, jobs.tp, 1.0)
+
+
 def layers_per_stage(jobs: Jobs) -> tuple[np.ndarray, np.ndarray]:
     """[J] layers of a middle stage and of the last stage.
 

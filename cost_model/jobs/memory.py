@@ -78,7 +78,7 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     family = jobs.device.family
     gathered = (jobs.zero_stage >= 2) & (jobs.fsdp > 1)
     dense = params.dense_layer_mean(jobs) / jobs.tp
-    experts = params.expert_layer_mean(jobs) / np.maximum(jobs.ep, 1.0)
+    experts = params.expert_layer_mean(jobs) / counts.expert_ways(jobs)
     table = params.embedding / jobs.tp
     head = params.head * (1 - jobs.tied) / jobs.tp
     head = np.where((jobs.tied > 0) & (jobs.pp > 1), params.head / jobs.tp, head)
@@ -87,7 +87,7 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     first = np.where(balanced, np.maximum(middle - 1, 1.0), middle)
 
     replicas = jobs.dp * jobs.cp
-    expert_replicas = np.maximum(replicas * jobs.tp / np.maximum(jobs.ep, 1.0), 1.0)
+    expert_replicas = np.maximum(replicas * jobs.tp / counts.expert_ways(jobs), 1.0)
 
     def states(layers: np.ndarray, tables: np.ndarray) -> np.ndarray:
         def of(size: np.ndarray, ways: np.ndarray) -> np.ndarray:

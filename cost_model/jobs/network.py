@@ -18,6 +18,7 @@ import dataclasses
 import numpy as np
 
 from cost_model.jobs.columns import Jobs
+from cost_model.jobs.counts import expert_ways
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +74,8 @@ def groups(jobs: Jobs, fast_efficiency: np.ndarray) -> dict[str, Group]:
             rest,
         ),
         "expert_dp": group(
-            np.maximum(jobs.dp * jobs.cp * jobs.tp / np.maximum(jobs.ep, 1.0), 1.0),
-            np.maximum(jobs.ep, 1.0),
+            np.maximum(jobs.dp * jobs.cp * jobs.tp / expert_ways(jobs), 1.0),
+            expert_ways(jobs),
             rest,
         ),
     }

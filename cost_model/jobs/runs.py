@@ -333,13 +333,18 @@ def _record(
             for name in (
                 "fused_attention compiled tp_overlap dp_overlap grad_bytes grad_store_bytes "
                 "weight_bytes master_bytes cuda_graphs attention_speed engine_sync fp32_pointwise "
-                "staged_network caching_allocator fused_experts skips_last"
+                "staged_network caching_allocator fused_experts skips_last "
+                "expert_tp"
             ).split()
         },
     }
     if record["ep"] > 1 and dp * tp * cp % record["ep"]:
         assumed.append(f"ep {math.gcd(int(record['ep']), int(dp * tp * cp))}")
         record["ep"] = float(math.gcd(int(record["ep"]), int(dp * tp * cp)))
+    if pp > 1 and zero >= 2:
+        # with stages, sharded weights are gathered once a step and kept until its last microbatch
+        # (torchtitan: no resharding after forward under pipelining; Llama 3, section 3.3)
+        record.update(zero_stage=1.0, fsdp=1.0, weight_bytes=2.0, master_bytes=12.0)
     if device.family[0] == hardware.FAMILIES.index("hopper"):
         record["attention_speed"] *= stack_facts["attention_speed_hopper"]
     network = stack_facts.get("network_gbit_s")

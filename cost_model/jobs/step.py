@@ -112,7 +112,7 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
     # sharded weights, gathered for every microbatch
     gathered = (jobs.zero_stage >= 2) & (jobs.fsdp > 1)
     dense_layer = params.dense_layer_mean(jobs) / jobs.tp
-    expert_layer = params.expert_layer_mean(jobs) / np.maximum(jobs.ep, 1.0)
+    expert_layer = params.expert_layer_mean(jobs) / counts.expert_ways(jobs)
     fetch = network.gather_s(2.0 * (dense_layer + expert_layer), groups["fsdp"], net)
     push = network.gather_s(jobs.grad_bytes * (dense_layer + expert_layer), groups["fsdp"], net)
     refetch = np.where(jobs.zero_stage >= 3, fetch, 0.0)

@@ -87,7 +87,8 @@ def _score(case: Case, time_limit_s: float) -> tuple[dict[str, typing.Any], typi
         )
     if case.run.measured_step_time_s:
         notes.append(f"measured {case.run.measured_step_time_s:.4g} s")
-    found = plan_job(job, time_limit_s=time_limit_s, given=job)
+    ran = case.run.measured_step_time_s is not None
+    found = plan_job(job, time_limit_s=time_limit_s, given=job, given_ran=ran)
     row["planning_time_s"] = found.planning_time_s
     plan = None
     if isinstance(found, Infeasible):

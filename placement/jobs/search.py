@@ -67,6 +67,7 @@ def plan_job(
     *,
     time_limit_s: float = 10.0,
     given: Jobs | None = None,
+    given_ran: bool = False,
     constants: Constants | None = None,
 ) -> JobPlan | Infeasible:
     """Search the space of one job.
@@ -75,6 +76,7 @@ def plan_job(
       job: a table of one row: model, batch, devices, number types and software.
       time_limit_s: when to stop opening groups.
       given: a configuration that is in the space whatever its degrees, such as an expert's.
+      given_ran: it is known to fit because it was run.
     """
     start = time.monotonic()
     chosen = constants or constants_module.load()
@@ -83,7 +85,7 @@ def plan_job(
     found = groups(job)
     state = _Search(job=job, constants=chosen, start=start, time_limit_s=time_limit_s)
     if given is not None:
-        state.consider(given, "as given", None)
+        state.consider(given, "as given", known_to_fit=given_ran)
     if found.n_groups:
         state.run(found)
     return state.result()
@@ -128,11 +130,11 @@ class _Search:
                 return
             part = part[bound[part] < self.best_s]
             for remat in REMAT:
-                self.consider(members(self.job, found.take(part), remat), remat, bound[part])
+                self.consider(members(self.job, found.take(part), remat), remat)
 
-    def consider(self, jobs: Jobs, remat: str, bound: np.ndarray | None) -> None:
+    def consider(self, jobs: Jobs, remat: str, known_to_fit: bool = False) -> None:
         held = memory(jobs, self.constants)
-        fits = np.flatnonzero(held.fits)
+        fits = np.flatnonzero(held.fits | known_to_fit)
         self.evaluations += jobs.n_jobs
         if not len(fits):
             return

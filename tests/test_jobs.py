@@ -1,0 +1,209 @@
+"""The whole-job model: accounting, monotonicity, published counts, search against brute force."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cost_model.jobs import constants, counts, runs
+from cost_model.jobs import shape as shapes
+from cost_model.jobs.columns import Jobs
+from cost_model.jobs.memory import memory
+from cost_model.jobs.step import StepTime, step_time
+from placement.jobs import search, space
+from placement.jobs.infeasible import cheapest_change
+
+CONSTANTS = constants.load()
+
+
+@pytest.fixture(scope="module")
+def published() -> Jobs:
+    return runs.jobs_of(runs.read(runs.MEASURED_RUNS).rows)
+
+
+def _job(**change) -> Jobs:
+    raw = {
+        "id": "one",
+        "source": "github:NVIDIA/NeMo@x",
+        "model_name": "Llama 3 8B",
+        "hardware": "h100",
+        "seq_len": "8192",
+        "global_batch_seqs": "128",
+        "micro_batch_seqs": "1",
+        "n_devices": "64",
+        "tp": "1",
+        "pp": "1",
+        "cp": "1",
+        "dp": "64",
+        "recompute": "none",
+        "dtype": "bf16",
+    }
+    raw.update(change)
+    run, faults = runs.read_row(2, raw)
+    assert not faults and run.record is not None, (faults, run.reason)
+    return runs.jobs_of([run])
+
+
+def _time(job: Jobs) -> float:
+    return float(step_time(job, CONSTANTS).step_time_s[0])
+
+
+def _peak(job: Jobs) -> float:
+    return float(memory(job, CONSTANTS).peak_bytes[0])
+
+
+def test_parameter_counts_are_the_zoo_s():
+    with shapes.ZOO.open(newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["attention_type"] != "mha" or r["gated"]]
+    checked = 0
+    for row in rows:
+        if "T5" in row["model"]:
+            continue  # an encoder and a decoder
+        job = _job(model_name=row["model"])
+        total = float(counts.parameters(job).total(job)[0]) / 1e9
+        assert total == pytest.approx(float(row["computed_params_b"]), rel=0.02), row["model"]
+        checked += 1
+    assert checked > 40
+
+
+def test_parts_sum_to_the_step(published):
+    time = step_time(published, CONSTANTS)
+    names = [n for n in StepTime.__dataclass_fields__ if n != "step_time_s"]
+    total = sum(getattr(time, name) for name in names)
+    np.testing.assert_allclose(total, time.step_time_s, rtol=1e-9)
+    for name in names:
+        assert (getattr(time, name) >= -1e-9 * time.step_time_s).all(), name
+
+
+def test_no_step_is_faster_than_its_matmuls_at_peak(published):
+    flops = 6.0 * counts.parameters(published).active(published)
+    flops = flops * published.global_batch * published.seq_len
+    width = np.where(
+        published.matmul_bytes < 1, 4.0, np.where(published.matmul_bytes < 2, 2.0, 1.0)
+    )
+    peak = published.device.peak_flops_per_s * published.n_devices * width
+    assert (step_time(published, CONSTANTS).step_time_s > flops / peak).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(at=st.integers(0, 440), part=st.sampled_from("core qkv out up down pointwise".split()))
+def test_recomputing_adds_time_and_takes_no_memory(published, at, part):
+    job = published.take(np.array([at])).replace(caching_allocator=0.0)
+    kept, redone = job.replace(**{f"remat_{part}": 0.0}), job.replace(**{f"remat_{part}": 1.0})
+    assert _time(redone) >= _time(kept)
+    assert _peak(redone) <= _peak(kept) * (1 + 1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(at=st.integers(0, 440), factor=st.floats(1.1, 8.0))
+def test_faster_hardware_is_never_slower(published, at, factor):
+    job = published.take(np.array([at]))
+    for name in (
+        "link_bytes_per_s",
+        "network_bytes_per_s",
+        "hbm_bytes_per_s",
+        "matmul_flops_per_s",
+    ):
+        faster = job.device.replace(**{name: getattr(job.device, name) * factor})
+        import dataclasses
+
+        assert _time(dataclasses.replace(job, device=faster)) <= _time(job) * (1 + 1e-6), name
+
+
+def test_sharding_divides_states():
+    whole = _job(zero_stage="0", dp="64")
+    optimizer = _job(zero_stage="1", dp="64")
+    weights = _job(zero_stage="3", fsdp="64", dp="64")
+    assert _peak(whole) > _peak(optimizer) > _peak(weights)
+
+
+def test_degrees_of_one_cost_no_traffic():
+    time = step_time(_job(n_devices="1", dp="1", zero_stage="0"), CONSTANTS)
+    for part in ("tensor_s", "context_s", "expert_s", "sharded_s", "gradient_s"):
+        assert getattr(time, part)[0] == pytest.approx(0.0, abs=1e-9), part
+
+
+def test_bubble_follows_stages_and_chunks():
+    def idle(pp: int, vpp: int) -> float:
+        job = _job(pp=str(pp), dp=str(64 // pp), virtual_pp=str(vpp), global_batch_seqs="1024")
+        time = step_time(job, CONSTANTS)
+        return float(time.bubble_s[0] / time.step_time_s[0])
+
+    assert idle(8, 1) > idle(4, 1) > idle(2, 1)
+    assert idle(8, 1) > idle(8, 2)
+
+
+def test_activation_bytes_are_those_published_for_gpt():
+    # arXiv:2205.05198, figure 1: bytes of saved activations on the first stage, GiB
+    published = {
+        "seqsel-fig1-mem-22B-none": 59.25,
+        "seqsel-fig1-mem-22B-seqsel": 9.5625,
+        "seqsel-fig1-mem-175B-none": 66.84375,
+    }
+    rows = [r for r in runs.read(runs.MEASURED_RUNS).rows if r.id in published]
+    held = memory(runs.jobs_of(rows), CONSTANTS)
+    for run, found in zip(rows, held.activations_bytes / 2**30):
+        assert found == pytest.approx(published[run.id], rel=0.03), run.id
+
+
+def test_search_finds_the_best_of_a_small_space():
+    job = _job(
+        n_devices="16", dp="16", global_batch_seqs="32", model_name="Llama 2 13B", seq_len="4096"
+    )
+    found = search.plan_job(job)
+    assert isinstance(found, search.JobPlan)
+    best = np.inf
+    all_groups = space.groups(job)
+    for remat in space.REMAT:
+        every = space.members(job, all_groups, remat)
+        fits = memory(every, CONSTANTS).fits
+        best = min(best, step_time(every, CONSTANTS).step_time_s[fits].min(initial=np.inf))
+    assert found.step_time_s == pytest.approx(best, rel=1e-12)
+    assert found.lower_bound_s <= found.step_time_s
+    assert found.evaluations < len(space.REMAT) * all_groups.n_groups
+    assert found.memory_bytes <= found.capacity_bytes
+    d = found.degrees
+    assert d["dp"] * d["tp"] * d["pp"] * d["cp"] == 16
+    assert _time(found.job) == pytest.approx(found.step_time_s)
+
+
+def test_a_stopped_search_still_bounds_the_space():
+    job = _job(n_devices="512", dp="512", global_batch_seqs="1024", model_name="Llama 3.1 405B")
+    whole = search.plan_job(job, time_limit_s=60)
+    stopped = search.plan_job(job, time_limit_s=0.0, given=whole.job)
+    assert stopped.lower_bound_s <= whole.step_time_s * (1 + 1e-9)
+
+
+def test_a_small_model_with_ample_memory_is_data_parallel():
+    plan = search.plan_job(_job(model_name="Qwen3 0.6B", n_devices="8", dp="8", seq_len="2048"))
+    assert isinstance(plan, search.JobPlan)
+    assert plan.degrees["dp"] == 8 and plan.degrees["tp"] == plan.degrees["pp"] == 1
+
+
+def test_a_job_that_cannot_fit_names_a_change_that_makes_it_fit():
+    job = _job(n_devices="8", dp="8", model_name="Llama 3.1 405B", global_batch_seqs="8")
+    failed = search.plan_job(job)
+    assert isinstance(failed, search.Infeasible)
+    assert failed.least_bytes > failed.capacity_bytes
+    said = cheapest_change(job, failed)
+    assert "no plan fits" in said
+    if "devices a plan" in said:
+        more = float(said.split(" with ")[1].split(" devices")[0])
+        again = search.plan_job(job.replace(n_devices=more))
+        assert isinstance(again, search.JobPlan)
+    else:
+        assert "would make it fit" in said or "a plan of" in said
+
+
+def test_thousands_of_candidates_are_scored_in_a_second():
+    import time
+
+    job = _job()
+    every = job.take(np.zeros(5000, int))
+    start = time.perf_counter()
+    step_time(every, CONSTANTS)
+    assert time.perf_counter() - start < 1.0

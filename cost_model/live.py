@@ -88,11 +88,12 @@ def usage_entries(
         )  # fmt: skip
 
     inputs = set(graph.inputs)
+    all_readers = readers_of(grouping)
     for g, item in enumerate(grouping.groups):
         menu = choices[node_of[g]]
         if item.kind == COPY:
             if grouping.groups[grouping.group_of[item.source]].kind == LEAF:
-                readers = _readers(grouping, item.source, item.views[0].region)
+                readers = all_readers[(item.source, item.views[0].region)]
                 add(g, item.source, menu.specs(item.views[0].dims),
                     (min(readers), max(readers) + 1), "weights")  # fmt: skip
             continue
@@ -116,9 +117,11 @@ def usage_entries(
             start = producer
             if op.primitive == "scan_stack":
                 start = graph.regions[op.region].start
-            label = "gradients" if op.primitive == "scan_stack" and _is_state(
-                grouping, g, aliased
-            ) else "activations"
+            label = (
+                "gradients"
+                if op.primitive == "scan_stack" and _is_state(grouping, g, aliased)
+                else "activations"
+            )
             stop = int(last[t])
             if op.primitive == "carry_in":
                 stop = max(stop, graph.regions[tensor.region].stop)
@@ -138,27 +141,21 @@ def _is_state(grouping: Grouping, g: int, aliased: set[int]) -> bool:
     return any(t in aliased for t in grouping.groups[g].tensors)
 
 
-def _readers(grouping: Grouping, tensor: int, region: int) -> list[int]:
-    found = [
-        o
-        for item in grouping.groups
-        if item.kind == HEAVY
-        for v in item.views
-        if v.tensor == tensor and v.region == region
-        for o in v.ops
-    ]
-    return found or [0]
+def readers_of(grouping: Grouping) -> dict[tuple[int, int], list[int]]:
+    """(tensor, region) -> the heavy ops that read it there."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for item in grouping.groups:
+        if item.kind == HEAVY:
+            for view in item.views:
+                found.setdefault((view.tensor, view.region), []).extend(view.ops)
+    return found
 
 
 def _hoisted_casts(grouping: Grouping, g: int, menu: Choices, add) -> None:
     """A cast of a scanned weight is done for the whole stack before the loop."""
     graph = grouping.graph
     item = grouping.groups[g]
-    sliced = {
-        graph.ops[o].outputs[0]
-        for o in item.ops
-        if graph.ops[o].primitive == "scan_slice"
-    }
+    sliced = {graph.ops[o].outputs[0] for o in item.ops if graph.ops[o].primitive == "scan_slice"}
     for o in item.ops:
         op = graph.ops[o]
         if op.primitive == "convert_element_type" and op.inputs[0] in sliced:

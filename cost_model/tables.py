@@ -4,7 +4,8 @@ A node is a set of tied groups (:mod:`graphs.fold`); its choices are those of it
 costs are operator seconds plus combining partial results; edge costs are resharding seconds, both
 times the trips of the loops they run in. Collectives that only wait for weights, and gradient
 reductions that only the optimizer waits for, can hide behind computation: tables price them at
-``exposure`` times their length, the simulation decides what really hides.
+``exposure`` times their length (:meth:`Tables.at` changes it), the simulation decides what really
+hides.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import dataclasses
 import numpy as np
 
 from cost_model.layout import MeshLayout
-from cost_model.live import usage_entries
+from cost_model.live import readers_of, usage_entries
 from cost_model.operators import combine_events, compute_events, materialised
 from cost_model.pricing import Pricing, reshard
 from cost_model.problem import Problem
@@ -71,6 +72,24 @@ class Tables:
     """In program order."""
     usage_labels: tuple[str, ...]
     """[usage entries] what each entry holds."""
+    exposure: float
+    """Share of hideable communication that ``problem`` charges."""
+    hidden_node_costs: np.ndarray
+    """[sum S] hideable seconds in full, already charged at ``exposure`` in the problem."""
+    hidden_edge_costs: np.ndarray
+    """[sum S_i*S_j] the same for edges."""
+
+    def at(self, exposure: float, usage_limit_bytes: float | None = None) -> Tables:
+        """The same tables charging another share of what can hide (and another memory limit)."""
+        change = exposure - self.exposure
+        limit = self.problem.usage_limit if usage_limit_bytes is None else usage_limit_bytes
+        problem = dataclasses.replace(
+            self.problem,
+            node_costs=self.problem.node_costs + change * self.hidden_node_costs,
+            edge_costs=self.problem.edge_costs + change * self.hidden_edge_costs,
+            usage_limit=limit,
+        )
+        return dataclasses.replace(self, problem=problem, exposure=exposure)
 
 
 def build_tables(
@@ -98,15 +117,21 @@ def build_tables(
         groups_of[n].append(g)
     times = grouping.graph.multiplicities()
     gradients = _gradient_groups(grouping)
-    choices, node_costs, events = [], [], []
+    choices, node_costs, node_hidden, events = [], [], [], []
     for n, g in enumerate(firsts):
         menu = choices_of(grouping.groups[g], layout.mesh.axis_sizes)
         own = _own_events(grouping, g, n, menu, pricing, stored, g in gradients)
-        cost = sum((_weigh(e, exposure) * times[e.region] for e in own), np.zeros(len(menu)))
+        cost, hidden = np.zeros(len(menu)), np.zeros(len(menu))
+        for e in own:
+            if e.hides:
+                hidden = hidden + e.seconds * times[e.region]
+            else:
+                cost = cost + e.seconds * times[e.region]
+        cost = cost + exposure * hidden
         if len(menu) > keep:
             best = np.sort(np.argsort(cost, kind="stable")[:keep])
             menu = Choices(place=menu.place[best], scatter=menu.scatter[best])
-            cost = cost[best]
+            cost, hidden = cost[best], hidden[best]
             own = [
                 dataclasses.replace(
                     e,
@@ -117,13 +142,24 @@ def build_tables(
             ]
         choices.append(menu)
         node_costs.append(cost * len(groups_of[n]))
+        node_hidden.append(hidden * len(groups_of[n]))
         events += own
         for other in groups_of[n][1:]:
             events += _moved(own, grouping.groups[g], grouping.groups[other])
     edges: dict[tuple[int, int], np.ndarray] = {}
-    _reshards(grouping, node_of, choices, pricing, times, exposure, events, edges, node_costs)
-    problem, labels = _problem(grouping, layout, node_of, choices, node_costs, edges, pricing, stored,
-                       usage_limit_bytes)  # fmt: skip
+    edge_hidden: dict[tuple[int, int], np.ndarray] = {}
+    for event, source, weight in _reshards(grouping, node_of, choices, pricing, times):
+        events.append(event)
+        _charge(event, source, weight * (exposure if event.hides else 1.0), node_costs, edges)
+        if event.hides:
+            _charge(event, source, weight, node_hidden, edge_hidden)
+    problem, labels = _problem(
+        grouping, layout, node_of, choices, node_costs, edges, pricing, stored, usage_limit_bytes
+    )
+    hidden_edges = [
+        edge_hidden[k].ravel() if k in edge_hidden else np.zeros(edges[k].size)
+        for k in sorted(edges)
+    ]
     order = sorted(range(len(events)), key=lambda i: (events[i].op, _PHASE[events[i].kind]))
     return Tables(
         grouping=grouping,
@@ -135,14 +171,25 @@ def build_tables(
         problem=problem,
         events=tuple(events[i] for i in order),
         usage_labels=labels,
+        exposure=exposure,
+        hidden_node_costs=np.concatenate(node_hidden) if node_hidden else np.zeros(0),
+        hidden_edge_costs=np.concatenate(hidden_edges) if hidden_edges else np.zeros(0),
     )
 
 
 _PHASE = {RESHARD: 0, COMPUTE: 1, COLLECTIVE: 2}
 
 
-def _weigh(event: Event, exposure: float) -> np.ndarray:
-    return event.seconds * (exposure if event.hides else 1.0)
+def _charge(event: Event, i: int, weight: float, nodes, edges) -> None:
+    """Add a reshard from node i to the costs."""
+    j = event.node
+    if i == j:
+        nodes[i] = nodes[i] + weight * event.seconds[event.rows, event.columns]
+        return
+    full = weight * event.seconds[np.ix_(event.rows, event.columns)]
+    if i > j:
+        i, j, full = j, i, full.T
+    edges[(i, j)] = edges[(i, j)] + full if (i, j) in edges else np.ascontiguousarray(full)
 
 
 def _own_events(grouping, g, n, menu, pricing, stored, hides) -> list[Event]:
@@ -212,7 +259,8 @@ def _unique(specs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return specs[first], inverse.astype(np.int32)
 
 
-def _reshards(grouping, node_of, choices, pricing, times, exposure, events, edges, node_costs):
+def _reshards(grouping, node_of, choices, pricing, times):
+    """Every resharding that can take time: (event, source node, trips)."""
     graph = grouping.graph
     priced: dict[tuple, tuple] = {}
     spec_cache: dict[tuple, tuple] = {}
@@ -231,26 +279,13 @@ def _reshards(grouping, node_of, choices, pricing, times, exposure, events, edge
             priced[key] = reshard(p, q, t.n_bytes, pricing)
         return priced[key], rows, columns
 
-    def add(i, j, seconds, rows, columns, weight):
-        if not seconds.any():
-            return
-        if i == j:
-            node_costs[i] = node_costs[i] + weight * seconds[rows, columns]
-            return
-        full = weight * seconds[np.ix_(rows, columns)]
-        if i > j:
-            i, j, full = j, i, full.T
-        if (i, j) in edges:
-            edges[(i, j)] = edges[(i, j)] + full
-        else:
-            edges[(i, j)] = np.ascontiguousarray(full)
-
     def dims_key(g, tensor):
         item = grouping.groups[g]
         if item.kind == COPY:
             return ("v", *item.views[0].dims)
         return ("t", item.kind == HEAVY, *item.tensors[tensor])
 
+    readers = readers_of(grouping)
     for g, item in enumerate(grouping.groups):
         j = int(node_of[g])
         for view in item.views:
@@ -264,17 +299,13 @@ def _reshards(grouping, node_of, choices, pricing, times, exposure, events, edge
                 lambda: choices[j].specs(view.dims),
             )  # fmt: skip
             hides = _from_weights(grouping, source)
-            weight = times[view.region] * (exposure if hides else 1.0)
-            add(i, j, priced_pair.seconds, rows, columns, weight)
             if priced_pair.seconds.any():
-                where = min(view.ops) if view.ops else _first_reader(grouping, g, view)
-                events.append(
-                    Event(
-                        kind=RESHARD, op=where, region=view.region, node=j, source=i,
-                        seconds=priced_pair.seconds, n_bytes=priced_pair.bytes_by_kind, rows=rows,
-                        columns=columns, hides=hides, label="weights" if hides else "activations",
-                    )
-                )  # fmt: skip
+                where = min(view.ops) if view.ops else _first_reader(readers, view)
+                yield Event(
+                    kind=RESHARD, op=where, region=view.region, node=j, source=i,
+                    seconds=priced_pair.seconds, n_bytes=priced_pair.bytes_by_kind, rows=rows,
+                    columns=columns, hides=hides, label="weights" if hides else "activations",
+                ), i, times[view.region]  # fmt: skip
     last = len(graph.ops) - 1
     for a, b in graph.aliases:
         t_in, t_out = graph.inputs[a], graph.outputs[b]
@@ -288,27 +319,17 @@ def _reshards(grouping, node_of, choices, pricing, times, exposure, events, edge
             ("v", *dims_in),
             lambda: choices[j].specs(dims_in),
         )  # fmt: skip
-        add(i, j, pair.seconds, rows, columns, 1.0)
         if pair.seconds.any():
-            events.append(
-                Event(
-                    kind=RESHARD, op=last, region=0, node=j, source=i, seconds=pair.seconds,
-                    n_bytes=pair.bytes_by_kind, rows=rows, columns=columns, hides=False,
-                    label="updated weights",
-                )
-            )  # fmt: skip
+            yield Event(
+                kind=RESHARD, op=last, region=0, node=j, source=i, seconds=pair.seconds,
+                n_bytes=pair.bytes_by_kind, rows=rows, columns=columns, hides=False,
+                label="updated weights",
+            ), i, 1.0  # fmt: skip
 
 
-def _first_reader(grouping: Grouping, g: int, view) -> int:
+def _first_reader(readers, view) -> int:
     """First op that reads through a copy group."""
-    readers = [
-        min(v.ops)
-        for h in grouping.groups
-        if h.kind == HEAVY
-        for v in h.views
-        if v.tensor == view.tensor and v.region == view.region and v.ops
-    ]
-    return min(readers) if readers else 0
+    return min(readers.get((view.tensor, view.region), [0]))
 
 
 def _problem(grouping, layout, node_of, choices, node_costs, edges, pricing, stored, limit):

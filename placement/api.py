@@ -155,33 +155,35 @@ class _Search:
     def _solve_layout(self, layout, remaining: int) -> None:
         from cost_model.simulate import Simulator
         from cost_model.tables import build_tables
+        from placement.bound import simulation_bound_s
         from placement.optimizers import OPTIMIZERS, Budget
 
         propose = OPTIMIZERS[self.optimizer]
+        base = build_tables(
+            self.grouping,
+            layout,
+            usage_limit_bytes=self.limit,
+            exposure=EXPOSURES[0],
+            tied=self.tied,
+        )
+        simulator = Simulator.of(base)
+        self.bounds.append(simulation_bound_s(base, self._slice(remaining)))
         for exposure in EXPOSURES if self.optimizer in ("search", "exact") else EXPOSURES[:1]:
-            tables = build_tables(
-                self.grouping,
-                layout,
-                usage_limit_bytes=self.limit,
-                exposure=exposure,
-                tied=self.tied,
-            )
-            left = max(0.05, self.deadline - time.monotonic())
+            tables = base.at(exposure)
             evaluations = None
             if self.max_evaluations is not None:
                 evaluations = max(1, self.max_evaluations - self.evaluations)
             found = propose(
                 tables,
                 self.seed,
-                Budget(time_limit_s=left / (2 * remaining), max_evaluations=evaluations),
+                Budget(time_limit_s=self._slice(remaining), max_evaluations=evaluations),
             )
             self.evaluations += found.evaluations
-            simulator = Simulator.of(tables)
-            self._judge(layout, simulator, found, exposure)
+            self._judge(layout, simulator, found)
             if self._expired():
                 break
 
-    def _judge(self, layout, simulator, found, exposure) -> None:
+    def _judge(self, layout, simulator, found) -> None:
         step, compute, _ = simulator(found.choices)[0]
         memory = simulator.peak_memory_bytes(found.choices)
         self.candidates.append(
@@ -227,7 +229,6 @@ class _Search:
         inputs, outputs, results, operands = decode(best.simulator.tables, best.choices)
         shapes = jax.eval_shape(train_step, *abstract_args)
         drawn = timeline(best.simulator, best.choices)
-        lower = min((self._simulation_bound(c) for c in self.candidates), default=0.0)
         return Plan(
             cluster=best.layout.cluster.notation,
             mesh_shape=best.layout.mesh.shape,
@@ -241,7 +242,7 @@ class _Search:
             donate_argnums=donated,
             fingerprint=self.grouping.graph.fingerprint,
             estimate=estimate(best.simulator, best.choices),
-            lower_bound_s=lower,
+            lower_bound_s=0.0 if self.skipped else min(self.bounds, default=0.0),
             table_bound_s=best.table_bound_s,
             evaluations=self.evaluations,
             planning_time_s=time.monotonic() - start,
@@ -265,11 +266,9 @@ class _Search:
             trees=(jax.tree.structure(tuple(abstract_args)), jax.tree.structure(shapes)),
         )
 
-    def _simulation_bound(self, candidate: _Candidate) -> float:
-        """The simulation takes at least all computation and all communication that cannot hide."""
-        from placement.bound import simulation_bound_s
-
-        return simulation_bound_s(candidate.simulator.tables)
+    def _slice(self, remaining: int) -> float:
+        """Seconds one of three solves of a layout may take, when `remaining` layouts are left."""
+        return max(0.05, self.deadline - time.monotonic()) / (3 * remaining)
 
     def _why_not(self, best: _Candidate) -> str:
         capacity = best.layout.cluster.device.hbm_capacity_bytes

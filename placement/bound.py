@@ -7,17 +7,12 @@ is bounded below by the dual of its table problem without the memory limit.
 
 from __future__ import annotations
 
-from cost_model.tables import Tables, build_tables
+from cost_model.tables import Tables
 
 
 def simulation_bound_s(tables: Tables, time_limit_s: float = 0.5) -> float:
     """Seconds that no assignment on this mesh can beat in simulation."""
     from placement.solver import solve
 
-    free = build_tables(
-        tables.grouping,
-        tables.layout,
-        usage_limit_bytes=float("inf"),
-        exposure=0.0,
-    )
+    free = tables.at(0.0, usage_limit_bytes=float("inf"))
     return max(0.0, float(solve(free.problem, time_limit_s=time_limit_s).lower_bound))

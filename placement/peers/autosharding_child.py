@@ -1,6 +1,6 @@
 """Runs inside the peer's environment, as a file: ``python autosharding_child.py FOLDER``.
 
-Compiles ``FOLDER/module.bin`` (a StableHLO portable artifact without shardings) with XLA's
+Compiles ``FOLDER/module.mlir`` (StableHLO text without shardings) with XLA's
 auto-sharding on a mesh of the whole topology, with the options that ``jax.jit(f,
 in_shardings=AUTO(mesh), out_shardings=AUTO(mesh))`` of jax 0.6.2 sets. Imports nothing but jax.
 """
@@ -42,16 +42,12 @@ def compile_automatically(request, place):
     from jax.interpreters import mlir
     from jaxlib import xla_client
     from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import stablehlo
 
     description = topologies.get_topology_desc(request["topology_name"], platform="tpu")
     found = sorted(description.devices, key=lambda d: (*reversed(d.coords), d.core_on_chip))
     devices = [found[i] for i in request["device_order"]]
-    context = mlir.make_ir_context()
-    with context:
-        module = stablehlo.deserialize_portable_artifact(
-            context, (place / "module.bin").read_bytes()
-        )
+    with mlir.make_ir_context():
+        module = ir.Module.parse((place / "module.mlir").read_text())
         module.operation.attributes["mhlo.num_partitions"] = ir.IntegerAttr.get(
             ir.IntegerType.get_signless(32), len(devices)
         )

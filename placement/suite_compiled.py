@@ -1,0 +1,419 @@
+"""suite=compiled: every optimizer's plan compiled by XLA and timed by its schedule.
+
+For each case (``suite_compiled_cases.yaml``: a real train step and a cluster) each optimizer plans,
+XLA's compiler for that cluster compiles the plan, and :mod:`placement.schedule` times what it made.
+
+* ``plan`` is the product: ``placement.optimize`` with its default optimizer.
+* The hand-tuned rules are written as experts write them: shardings of arguments and results and
+  constraints on activations. What only a planner pins, the copy of a tensor that one operation
+  reads, is left to XLA's propagation (``baseline_constraints=all`` keeps it).
+* ``autosharding`` is XLA's own auto-sharding in its own environment
+  (``python -m placement.peers.setup_env``), given the same program without shardings.
+
+One file per (case, optimizer) is written under ``out/rows`` as soon as it is known, so a stopped
+run goes on where it was; compiles are cached besides. ``redo=[plan]`` plans those again.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.metadata
+import importlib.resources
+import io
+import json
+import math
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from graphs.errors import MeshwrightError
+from placement.compile_cache import write_atomically
+
+PLAN, PEER = "plan", "autosharding"
+BASELINES = (
+    "fsdp",
+    "data_parallel",
+    "megatron",
+    "fsdp_tp",
+    "megatron_sp",
+    "zero1",
+    "zero2",
+    "fsdp_tp_sp",
+    "t5x_2d",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One plan of one case, compiled."""
+
+    case: str
+    cluster: str
+    optimizer: str
+    status: str
+    """``ok``, ``out_of_memory``, ``failed`` (the compiler's) or ``error`` (no plan)."""
+    message: str
+    mesh_shape: str
+    step_time_s: float | None
+    compute_time_s: float | None
+    exposed_comm_time_s: float | None
+    peak_memory_bytes: float | None
+    predicted_step_time_s: float | None
+    predicted_peak_memory_bytes: float | None
+    planning_time_s: float | None
+    """Tracing included; for the peer its whole compile, which is when it plans."""
+    compile_time_s: float | None
+    kernels: int
+    unknown_kernels: int
+    full_rematerializations: int
+    versions: str
+
+
+def load_cases(path: str | None = None) -> dict[str, dict[str, Any]]:
+    """The cases by name. MeshwrightError where the file is not a mapping of cases."""
+    import yaml
+
+    if path is None:
+        file = importlib.resources.files("placement") / "suite_compiled_cases.yaml"
+        text = file.read_text(encoding="utf-8")
+    else:
+        try:
+            text = pathlib.Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise MeshwrightError(
+                f"the cases file {path} cannot be read ({error.strerror}); give another"
+            ) from error
+    cases = yaml.safe_load(text)
+    if not isinstance(cases, dict) or not all(
+        isinstance(c, dict) and {"cluster", "model", "step"} <= set(c) for c in cases.values()
+    ):
+        raise MeshwrightError(
+            f"the cases file {path} must map names to cluster, model and step of each case"
+        )
+    return cases
+
+
+def evaluate(
+    *,
+    out: str = "out/compiled",
+    file: str | None = None,
+    cases: Sequence[str] | None = None,
+    optimizers: Sequence[str] | None = None,
+    redo: Sequence[str] = (),
+    optimizer: str | None = None,
+    time_limit_s: float = 10.0,
+    timeout_s: float = 1800.0,
+    baseline_constraints: str = "activations",
+    results: str | None = None,
+) -> int:
+    """Run what is missing, then write ``results.csv`` and ``summary.json`` and print the table.
+
+    Args:
+      out: folder of rows and results.
+      file: another file of cases.
+      cases: names of cases, all where None.
+      optimizers: ``plan``, ``autosharding`` and names of rules; all of them where None.
+      redo: optimizers whose rows are made again.
+      optimizer: what ``plan`` uses, its default where None.
+      time_limit_s: of planning.
+      timeout_s: of one compile.
+      baseline_constraints: ``activations`` or ``all``, see the module docstring.
+      results: also copy the results to this folder.
+
+    Returns:
+      0 if every row is there, 1 if some case failed for a reason other than memory.
+    """
+    if baseline_constraints not in ("activations", "all"):
+        raise MeshwrightError(
+            f"baseline_constraints={baseline_constraints!r} is unknown; use activations or all"
+        )
+    every = load_cases(file)
+    unknown = sorted(set(cases or ()) - set(every))
+    if unknown:
+        raise MeshwrightError(f"no case {unknown[0]!r}; use one of {', '.join(every)}")
+    wanted = list(cases or every)
+    names = list(optimizers or (PLAN, PEER, *BASELINES))
+    folder = pathlib.Path(out)
+    (folder / "rows").mkdir(parents=True, exist_ok=True)
+    for name in wanted:
+        for which in names:
+            place = folder / "rows" / f"{name}.{which}.json"
+            if place.exists() and which not in redo:
+                continue
+            row = _run(
+                name,
+                every[name],
+                which,
+                optimizer=optimizer,
+                time_limit_s=time_limit_s,
+                timeout_s=timeout_s,
+                pinned=baseline_constraints == "all",
+            )
+            write_atomically(place, json.dumps(dataclasses.asdict(row), indent=1).encode())
+            print(_line(row), flush=True)
+    rows = load_rows(folder, every)
+    summary = summarize(rows)
+    for target in (folder, *((pathlib.Path(results),) if results else ())):
+        target.mkdir(parents=True, exist_ok=True)
+        write_atomically(target / "results.csv", _csv(rows).encode())
+        write_atomically(target / "summary.json", json.dumps(summary, indent=1).encode())
+    _print_table(summary)
+    return int(any(r.status in ("failed", "error") for r in rows if r.case in wanted))
+
+
+def load_rows(folder: pathlib.Path, cases: Mapping[str, Any]) -> list[Row]:
+    """All rows in a folder, in the order of the cases."""
+    order = list(cases)
+    found = []
+    for path in sorted((folder / "rows").glob("*.json")):
+        row = Row(**json.loads(path.read_text(encoding="utf-8")))
+        if row.case in cases:
+            found.append(row)
+    ranks = {name: i for i, name in enumerate((PLAN, PEER, *BASELINES))}
+    return sorted(found, key=lambda r: (order.index(r.case), ranks.get(r.optimizer, 99)))
+
+
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
+    """Per case the plan against the best rule and against the peer; geometric means."""
+    cases: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(r.case for r in rows):
+        own = {r.optimizer: r for r in rows if r.case == name}
+        rules = [r for n, r in own.items() if n in BASELINES and r.status == "ok"]
+        plan, peer = own.get(PLAN), own.get(PEER)
+        best = min(rules, key=lambda r: r.step_time_s or math.inf, default=None)
+        cases[name] = {
+            "cluster": next(iter(own.values())).cluster,
+            "plan_s": plan.step_time_s if plan else None,
+            "plan_status": plan.status if plan else "missing",
+            "best_rule": best.optimizer if best else None,
+            "best_rule_s": best.step_time_s if best else None,
+            "rules_compiled": len(rules),
+            "peer_s": peer.step_time_s if peer else None,
+            "peer_status": peer.status if peer else "missing",
+            "against_rules": _ratio(plan, best),
+            "against_peer": _ratio(plan, peer),
+            "planning_time_s": plan.planning_time_s if plan else None,
+            "peer_planning_time_s": peer.planning_time_s if peer else None,
+        }
+    return {
+        "cases": cases,
+        "geometric_mean_against_rules": _geometric_mean(c["against_rules"] for c in cases.values()),
+        "geometric_mean_against_peer": _geometric_mean(c["against_peer"] for c in cases.values()),
+        "worst_against_rules": _worst(c["against_rules"] for c in cases.values()),
+        "worst_against_peer": _worst(c["against_peer"] for c in cases.values()),
+        "versions": sorted({r.versions for r in rows}),
+    }
+
+
+def _run(
+    name: str,
+    case: Mapping[str, Any],
+    which: str,
+    *,
+    optimizer: str | None,
+    time_limit_s: float,
+    timeout_s: float,
+    pinned: bool,
+) -> Row:
+    from graphs.zoo import ModelConfig, build_train_step
+
+    step, args, donated = build_train_step(ModelConfig(name=name, **case["model"]), **case["step"])
+    try:
+        if which == PEER:
+            return _run_peer(name, case, step, args, donated, timeout_s)
+        return _run_plan(
+            name,
+            case,
+            which,
+            (step, args, donated),
+            optimizer=optimizer if which == PLAN else which,
+            time_limit_s=time_limit_s,
+            timeout_s=timeout_s,
+            pinned=pinned or which == PLAN,
+        )
+    except MeshwrightError as error:
+        return _row(name, case, which, status="error", message=str(error))
+
+
+def _run_plan(name, case, which, program, *, optimizer, time_limit_s, timeout_s, pinned) -> Row:
+    import placement
+    from placement.verify import compile_plan
+
+    step, args, donated = program
+    began = time.monotonic()
+    chosen = {} if optimizer is None else {"optimizer": optimizer}
+    plan = placement.optimize(
+        step,
+        *args,
+        cluster=case["cluster"],
+        donate_argnums=donated,
+        time_limit_s=time_limit_s,
+        throw=False,
+        **chosen,
+    )
+    planning = time.monotonic() - began
+    predicted = plan.estimate
+    if not pinned:
+        plan = dataclasses.replace(plan, operands={})
+    compiled, scheduled = compile_plan(plan, step, *args, timeout_s=timeout_s)
+    capacity = plan.layout().cluster.device.hbm_capacity_bytes
+    status = compiled.status
+    if status == "ok" and compiled.peak_bytes > capacity:
+        status = "out_of_memory"
+    return _row(
+        name,
+        case,
+        which,
+        status=status,
+        message=compiled.message,
+        mesh_shape=plan.mesh_shape,
+        compiled=compiled,
+        scheduled=scheduled,
+        predicted_step_time_s=float(predicted.step_time_s),
+        predicted_peak_memory_bytes=float(predicted.peak_memory_bytes),
+        planning_time_s=planning,
+    )
+
+
+def _run_peer(name, case, step, args, donated, timeout_s) -> Row:
+    from cost_model.cluster import parse_cluster
+    from placement.network import chip_of, layout_timer
+    from placement.peers.autosharding import compile_automatically
+    from placement.schedule import schedule
+
+    compiled, layout = compile_automatically(
+        step,
+        args,
+        cluster=parse_cluster(case["cluster"]),
+        donate_argnums=donated,
+        timeout_s=timeout_s,
+    )
+    scheduled = None
+    if compiled.status == "ok":
+        scheduled = schedule(compiled.module(), chip=chip_of(layout), timer=layout_timer(layout))
+    return _row(
+        name,
+        case,
+        PEER,
+        status=compiled.status,
+        message=compiled.message,
+        mesh_shape=layout.mesh.shape,
+        compiled=compiled,
+        scheduled=scheduled,
+        planning_time_s=compiled.seconds,
+    )
+
+
+def _row(
+    name: str,
+    case: Mapping[str, Any],
+    which: str,
+    *,
+    status: str,
+    message: str,
+    mesh_shape: Mapping[str, int] | None = None,
+    compiled: Any = None,
+    scheduled: Any = None,
+    **measured: float,
+) -> Row:
+    versions = compiled.versions if compiled else {"jax": importlib.metadata.version("jax")}
+    return Row(
+        case=name,
+        cluster=case["cluster"],
+        optimizer=which,
+        status=status,
+        message=message[:300],
+        mesh_shape=" ".join(f"{k}={v}" for k, v in (mesh_shape or {}).items()),
+        step_time_s=scheduled.step_time_s if scheduled else None,
+        compute_time_s=scheduled.compute_time_s if scheduled else None,
+        exposed_comm_time_s=scheduled.exposed_comm_time_s if scheduled else None,
+        peak_memory_bytes=float(compiled.peak_bytes) if scheduled else None,
+        predicted_step_time_s=measured.get("predicted_step_time_s"),
+        predicted_peak_memory_bytes=measured.get("predicted_peak_memory_bytes"),
+        planning_time_s=measured.get("planning_time_s"),
+        compile_time_s=compiled.seconds if compiled else None,
+        kernels=scheduled.kernels if scheduled else 0,
+        unknown_kernels=scheduled.unknown_kernels if scheduled else 0,
+        full_rematerializations=len(compiled.full_rematerializations) if compiled else 0,
+        versions=" ".join(f"{k}=={v}" for k, v in versions.items()),
+    )
+
+
+def _ratio(a: Row | None, b: Row | None) -> float | None:
+    if a is None or b is None or a.status != "ok" or b.status != "ok":
+        return None
+    return (a.step_time_s or math.nan) / (b.step_time_s or math.nan)
+
+
+def _geometric_mean(values) -> float | None:
+    known = [v for v in values if v is not None]
+    return math.exp(sum(map(math.log, known)) / len(known)) if known else None
+
+
+def _worst(values) -> float | None:
+    return max((v for v in values if v is not None), default=None)
+
+
+def _line(row: Row) -> str:
+    if row.step_time_s is None:
+        return f"{row.case:22} {row.optimizer:14} {row.status}: {row.message[:120]}"
+    planning = 0.0 if row.planning_time_s is None else row.planning_time_s
+    return (
+        f"{row.case:22} {row.optimizer:14} {row.status:13} {1e3 * row.step_time_s:9.2f} ms  "
+        f"compute {1e3 * (row.compute_time_s or 0):8.2f}  "
+        f"waits {1e3 * (row.exposed_comm_time_s or 0):7.2f}  "
+        f"{(row.peak_memory_bytes or 0) / 2**30:6.2f} GiB  planned in {planning:5.1f} s  "
+        f"{row.mesh_shape}"
+    )
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    fields = [f.name for f in dataclasses.fields(Row)]
+    writer = csv.DictWriter(text, fieldnames=fields, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(dataclasses.asdict(row))
+    return text.getvalue()
+
+
+def _print_table(summary: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="step time by the compiler's schedule", title_justify="left")
+    table.add_column("case")
+    table.add_column("cluster")
+    heads = ("plan ms", "best rule ms", "ratio", "auto-sharding ms", "ratio", "planned s", "its s")
+    for head in heads:
+        table.add_column(head, justify="right")
+
+    def number(value: float | None, scale: float = 1.0, digits: int = 2) -> str:
+        return "–" if value is None else f"{scale * value:.{digits}f}"
+
+    for name, case in summary["cases"].items():
+        rule = f"{number(case['best_rule_s'], 1e3)} {case['best_rule'] or ''}"
+        table.add_row(
+            name,
+            case["cluster"],
+            number(case["plan_s"], 1e3),
+            rule,
+            number(case["against_rules"], digits=3),
+            number(case["peer_s"], 1e3) if case["peer_s"] else case["peer_status"],
+            number(case["against_peer"], digits=3),
+            number(case["planning_time_s"], digits=1),
+            number(case["peer_planning_time_s"], digits=0),
+        )
+    console = Console(width=140)
+    console.print(table)
+    for against in ("rules", "peer"):
+        mean, worst = (
+            summary[f"geometric_mean_against_{against}"],
+            summary[f"worst_against_{against}"],
+        )
+        console.print(
+            f"against {against}: geometric mean {number(mean, digits=3)}, "
+            f"worst {number(worst, digits=3)}"
+        )

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import pathlib
-import time
+import threading
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any
@@ -96,18 +96,36 @@ def libtpu_lock(timeout_s: float = 3600.0) -> Iterator[IO[bytes]]:
     the child does, even if this process is killed.
     """
     path = cache_dir() / "libtpu.lock"
-    deadline = time.monotonic() + timeout_s
-    with open(path, "ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise MeshwrightError(
-                        f"another process has used libtpu for over {timeout_s:.0f} s "
-                        f"(lock {path}); wait for it or end it"
-                    ) from None
-                time.sleep(0.1)
-        # Not unlocked by hand: closing the last descriptor does, also a child's.
-        yield file
+    wait = _Wait(open(path, "ab"))
+    thread = threading.Thread(target=wait.run, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if not wait.take():
+        raise MeshwrightError(
+            f"other processes have used libtpu for over {timeout_s:.0f} s "
+            f"(lock {path}); wait for them or end them"
+        )
+    with wait.file:  # closing the last descriptor unlocks, also a child's
+        yield wait.file
+
+
+class _Wait:
+    """A blocking lock, which the kernel grants in turn, waited for with a limit."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.guard = threading.Lock()
+        self.locked = self.abandoned = False
+
+    def run(self) -> None:
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        with self.guard:
+            self.locked = True
+            if self.abandoned:
+                self.file.close()
+
+    def take(self) -> bool:
+        """Whether the lock is held; if not, it is let go as soon as it comes."""
+        with self.guard:
+            self.abandoned = not self.locked
+            return self.locked

@@ -27,8 +27,6 @@ LOGIT_BYTES = 26.0
 _KERNELS_COMPILED, _KERNELS_EAGER, _KERNELS_EXPERT = 16.0, 28.0, 40.0
 _ATTENTION_BLOCK = 512.0
 """keys that a windowed attention kernel loads at once."""
-_UNALIGNED = 0.25
-"""fp16 rate outside the matrix units over the rate inside (A100 datasheet: 78 of 312 TFLOP/s)."""
 _NVFP4_GAIN = 1.6
 """nvfp4 over fp8 in a job: twice the rate, with the first and last layers in bf16."""
 _EXPERT_TILE = 128.0
@@ -157,9 +155,11 @@ def core(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
     if jobs.fused_attention.all():
         return flash
     how = _how(jobs, rate, constants, low=False)
-    # rows that do not start on 16 bytes keep a batched matmul off the matrix units
+    # rows that do not start on 16 bytes keep a batched matmul off the fast matrix kernels
     aligned = np.mod(jobs.head_dim, 8.0) == 0
-    how["flops_per_s"] = how["flops_per_s"] * np.where(aligned, 1.0, _UNALIGNED)
+    how["flops_per_s"] = how["flops_per_s"] * np.where(
+        aligned, 1.0, constants.of("unaligned_share", jobs.device.family)
+    )
     count = jobs.micro_batch * heads / jobs.cp
     scores = matmul_s(s, s, jobs.head_dim, batch=count, **how)
     values = matmul_s(s, jobs.v_head_dim, s, batch=count, **how)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import os
 import sys
 
@@ -26,7 +27,7 @@ class Verb:
     """one line for the list of verbs."""
 
 
-VERBS = (
+_ALL = (
     Verb(name="plan", module="plan", does="plan a training step for a cluster"),
     Verb(name="verify", module="verify", does="compile a plan with XLA and compare"),
     Verb(name="report", module="report", does="draw a plan as one HTML page"),
@@ -36,11 +37,15 @@ VERBS = (
     Verb(name="evaluate", module="evaluate", does="score optimizers over a suite of cases"),
     Verb(name="validate", module="validate", does="predict published runs and report the error"),
     Verb(name="energy", module="energy", does="predict published energy figures"),
+    Verb(name="fidelity", module="fidelity", does="write how far the cost models are off"),
     Verb(name="profile", module="profile", does="measure a device's operators"),
     Verb(name="train_policy", module="train_policy", does="train the learned optimizer"),
     Verb(name="solve", module="solve", does="solve a table problem in the contest's format"),
     Verb(name="devices", module="devices", does="list accelerators, their shapes and numbers"),
 )
+
+VERBS = tuple(v for v in _ALL if importlib.util.find_spec(f"{__package__}.{v.module}"))
+"""Those whose module is part of this installation."""
 
 
 def main(argv: list[str] | None = None) -> int:

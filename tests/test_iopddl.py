@@ -23,7 +23,7 @@ DATA = Path(__file__).parent / "data" / "iopddl"
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_loops():
-    solver.warm()
+    solver.prepare()
 
 
 def example() -> dict:

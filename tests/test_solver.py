@@ -13,7 +13,7 @@ from placement import solver
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_loops():
-    solver.warm()
+    solver.prepare()
 
 
 def random_problem(

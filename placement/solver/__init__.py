@@ -2,7 +2,7 @@
 
 from placement.solver.engine import solve
 from placement.solver.exact import exact
+from placement.solver.preparation import prepare
 from placement.solver.solution import Progress, Solution
-from placement.solver.warm import warm
 
-__all__ = ["Progress", "Solution", "exact", "solve", "warm"]
+__all__ = ["Progress", "Solution", "exact", "prepare", "solve"]

@@ -1,13 +1,16 @@
 """The one engine for table problems: reduction, dual ascent, and tree-block local search.
 
 Dual steps raise the bound and price memory; each of their decoded assignments is a start for the
-local search, which repairs and improves it under those prices. The two alternate until the gap is
-closed, nothing has improved for long, or the limits are reached.
+local search, which repairs and improves it under those prices. Small problems alternate the two in
+one thread, reproducibly, until the gap is closed, nothing has improved for long, or the limits are
+reached. Large ones give each a thread where there are two processors, and use all of the time.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import threading
 import time
 from collections.abc import Callable
 
@@ -17,8 +20,8 @@ from cost_model.problem import FORBIDDEN, Problem
 from graphs.errors import InfeasibleError
 from placement.solver.solution import Progress, Solution
 
-_CLOSED = 1e-6
-_REPAIRS = 12
+_LARGE_CELLS = 400_000
+_CHUNK_S = 0.1
 
 
 def solve(
@@ -33,30 +36,158 @@ def solve(
 ) -> Solution:
     """Near-optimal assignment with a dual bound.
 
-    ``initial`` ([N] strategies) is improved upon, never returned worse. The same seed with the same
-    ``max_evaluations`` and no binding time limit gives the same answer.
+    ``initial`` ([N] strategies) is improved upon, never returned worse. With ``max_evaluations``
+    everything runs in one thread, and the same seed gives the same answer where the time limit
+    does not bind. Even without time left, one round is made, so as to answer.
     """
     start = time.monotonic()
-    from placement.solver import core as cores
+    from placement.solver.ascent import Ascent
+    from placement.solver.core import reduce
+    from placement.solver.incumbent import Incumbent
+    from placement.solver.polish import Polish
 
     try:
-        reduced = cores.reduce(problem)
+        reduced = reduce(problem)
     except InfeasibleError:
-        least = _least_usage(problem)
-        return Solution(
-            assignment=least,
-            cost=problem.cost(least),
-            lower_bound=math.inf,
-            feasible=False,
-            evaluations=0,
-            elapsed_s=time.monotonic() - start,
-            status="infeasible",
-        )
-    run = _Run(problem, reduced, start + time_limit_s, seed, max_evaluations, on_progress, start)
+        return _infeasible(problem, start)
+    best = Incumbent(
+        reduced,
+        start=start,
+        deadline=start + time_limit_s,
+        max_evaluations=max_evaluations,
+        on_progress=on_progress,
+    )
     if initial is not None:
-        run.offer_problem_assignment(np.asarray(initial))
-    run.improve()
-    return run.solution(with_bound=bound)
+        given = np.asarray(initial)
+        x = reduced.project(given)
+        if np.array_equal(reduced.lift(x), given):
+            best.evaluations += 1
+            best.offer(x)
+    ascent, polish = Ascent(best), Polish(best, seed)
+    large = len(reduced.core.cells) + len(reduced.core.fixed) * 20 >= _LARGE_CELLS
+    if large and max_evaluations is None and len(os.sched_getaffinity(0)) > 1:
+        _race(ascent, polish)
+    else:
+        _alternate(ascent, polish, patient=large)
+    return _solution(problem, best, start, with_bound=bound)
+
+
+def _alternate(ascent, polish, *, patient: bool) -> None:
+    """Dual steps and local search in turn; at least one round."""
+    best = ascent.incumbent
+    n_moves = int(min(2000, 20 * len(ascent.order)))
+    quiet = 0
+    while True:
+        before = (best.excess, best.cost, best.bound)
+        ascent.step(10)
+        for x in (ascent.decoded, best.x):
+            if x is not None and not best.closed() and not best.impossible():
+                polish.local_search(x, ascent.prices, n_moves)
+        gained = (
+            best.excess < before[0]
+            or best.cost < before[1] - 1e-6 * abs(before[1])
+            or best.bound > before[2] + 1e-4 * abs(best.cost)
+        )
+        quiet = 0 if gained else quiet + 1
+        near = best.cost - best.bound <= 1e-3 * abs(best.cost)
+        if best.over() or (
+            best.feasible and not patient and quiet >= (_QUIET_NEAR if near else _QUIET)
+        ):
+            return
+
+
+_QUIET_NEAR, _QUIET = 12, 40
+
+
+def _race(ascent, polish) -> None:
+    """Dual ascent in a second thread, local search in this one."""
+    best = ascent.incumbent
+    failures: list[BaseException] = []
+
+    def climb() -> None:
+        try:
+            n_steps = 1
+            while not best.over():
+                spent = ascent.step(n_steps)
+                n_steps = max(1, min(int(n_steps * _CHUNK_S / max(spent, 1e-4)), 2 * n_steps))
+                if ascent.settled:
+                    ascent.shake()
+        except BaseException as error:
+            failures.append(error)
+
+    climber = threading.Thread(target=climb, daemon=True)
+    climber.start()
+    while ascent.n_published == 0 and not failures:
+        time.sleep(0.005)
+    _search(ascent, polish, failures)
+    climber.join()
+    if failures:
+        raise failures[0]
+
+
+def _search(ascent, polish, failures) -> None:
+    """Polish what the dual decodes; once that gains nothing, anneal the incumbent as well."""
+    best = ascent.incumbent
+    seen, quiet, cycle = -1, 0, 0
+    while not failures:
+        before = (best.excess, best.cost)
+        n_moves = polish.moves_in(2 * _CHUNK_S)
+        if ascent.n_published != seen:
+            seen = ascent.n_published
+            walk = polish.local_search(ascent.decoded, ascent.prices, n_moves)
+            polish.cross(walk.best_x)
+        if best.over():
+            return
+        polish.local_search(best.x, ascent.prices, n_moves)
+        if best.over():
+            return
+        gained = best.excess < before[0] or best.cost < before[1] - 1e-5 * abs(before[1])
+        quiet = 0 if gained else quiet + 1
+        if quiet >= 10 and best.feasible:
+            quiet = 0
+            seconds = min(4.0 * 1.5**cycle, 40.0, max(best.deadline - time.monotonic(), 0.1))
+            heat = 10.0 ** polish.rng.uniform(-2.5, -0.5)
+            cycle += 1
+            walk = polish.anneal(best.x, lambda: ascent.prices, heat, seconds)
+            polish.cross(walk.best_x)
+
+
+def _solution(problem: Problem, best, start: float, *, with_bound: bool) -> Solution:
+    reduced = best.reduced
+    x = best.x if best.x is not None else np.zeros(len(reduced.core.offsets) - 1, dtype=np.int32)
+    assignment = reduced.lift(x)
+    cost = problem.cost(assignment)
+    feasible = cost < FORBIDDEN and problem.is_feasible(assignment)
+    lower = -math.inf
+    if with_bound:
+        lower = best.bound + reduced.constant
+        if feasible:
+            lower = min(lower, cost)
+    status = "infeasible" if best.impossible() else "unknown"
+    if feasible:
+        status = "optimal" if best.closed() else "feasible"
+    return Solution(
+        assignment=assignment,
+        cost=cost,
+        lower_bound=lower,
+        feasible=feasible,
+        evaluations=best.evaluations,
+        elapsed_s=time.monotonic() - start,
+        status=status,
+    )
+
+
+def _infeasible(problem: Problem, start: float) -> Solution:
+    least = _least_usage(problem)
+    return Solution(
+        assignment=least,
+        cost=problem.cost(least),
+        lower_bound=math.inf,
+        feasible=False,
+        evaluations=0,
+        elapsed_s=time.monotonic() - start,
+        status="infeasible",
+    )
 
 
 def _least_usage(problem: Problem) -> np.ndarray:
@@ -69,180 +200,3 @@ def _least_usage(problem: Problem) -> np.ndarray:
             total[problem.strategy_offsets[i] : problem.strategy_offsets[i + 1]] += amount
     bounds = zip(problem.strategy_offsets[:-1], problem.strategy_offsets[1:])
     return np.array([total[a:b].argmin() for a, b in bounds], dtype=np.int32)
-
-
-class _Run:
-    """State of one solve; small chunks of compiled work between looks at the clock."""
-
-    def __init__(self, problem, reduced, deadline, seed, max_evaluations, on_progress, start):
-        from placement.solver import _blocks, _dual
-
-        self._blocks, self._dual = _blocks, _dual
-        self.problem, self.reduced, self.core = problem, reduced, reduced.core
-        self.deadline, self.start = deadline, start
-        self.budget = math.inf if max_evaluations is None else max_evaluations
-        self.on_progress = on_progress
-        self.rng = np.random.default_rng(seed)
-        core = self.core
-        n, n_times = len(core.offsets) - 1, len(core.fixed)
-        self.order, self.is_tree = _dual.elimination_order(core)
-        self.rank = np.empty(n, dtype=np.int64)
-        self.rank[self.order] = np.arange(n)
-        self.messages = np.zeros(core.message[-1])
-        self.scalars = np.array([-np.inf, 1.0, 0.0, np.inf, np.inf, 0.0])
-        self.dual_state = (
-            np.zeros(n_times),
-            np.zeros(n_times),
-            np.zeros(n, dtype=np.int32),
-            np.zeros(n, dtype=np.int32),
-            self.scalars,
-        )
-        self.best: np.ndarray | None = None
-        self.best_cost, self.best_excess = math.inf, math.inf
-        self.evaluations = 0
-        self.step_s = 0.0
-
-    def expired(self) -> bool:
-        return time.monotonic() >= self.deadline or self.evaluations >= self.budget
-
-    def offer(self, x: np.ndarray) -> None:
-        """Take x as the best if it is."""
-        use = np.empty(len(self.core.fixed))
-        self._dual.usage_of(self.core, x, use)
-        over = use - self.core.limit
-        excess = float(over[over > 1e-12 * self.core.limit].sum())
-        cost = self._dual.cost_of(self.core, x)
-        if cost >= self.reduced.forbidden:
-            excess += 1e300
-        if (excess, cost) < (self.best_excess, self.best_cost):
-            self.best, self.best_cost, self.best_excess = x.copy(), cost, excess
-            self.report()
-
-    def offer_problem_assignment(self, assignment: np.ndarray) -> None:
-        x = self.reduced.project(assignment)
-        if np.array_equal(self.reduced.lift(x), assignment):
-            self.evaluations += 1
-            self.offer(x)
-
-    def report(self) -> None:
-        if self.on_progress is None:
-            return
-        feasible = self.best is not None and self.best_excess == 0.0
-        self.on_progress(
-            Progress(
-                elapsed_s=time.monotonic() - self.start,
-                assignment=self.reduced.lift(self.best) if feasible else None,
-                cost=self.best_cost + self.reduced.constant if feasible else math.inf,
-                lower_bound=float(self.scalars[0]) + self.reduced.constant,
-                evaluations=self.evaluations,
-            )
-        )
-
-    def closed(self) -> bool:
-        gap = self.best_cost - self.scalars[0]
-        whole = abs(self.best_cost + self.reduced.constant)
-        return self.best_excess == 0.0 and gap <= _CLOSED * whole
-
-    def impossible(self) -> bool:
-        """The bound has passed the cost of every allowed assignment, so none is feasible."""
-        return self.best_excess > 0.0 and self.scalars[0] > 0.6 * self.reduced.forbidden
-
-    def improve(self) -> None:
-        """Alternate until closed, quiet or out of limits; at least one round, so as to answer."""
-        quiet = 0
-        while True:
-            before = (self.best_excess, self.best_cost, float(self.scalars[0]))
-            self.raise_bound()
-            if not self.closed():
-                self.local_search(self.dual_state[2])
-            if self.best is not None and not self.closed():
-                self.local_search(self.best)
-            gained = (
-                self.best_excess < before[0]
-                or self.best_cost < before[1] - 1e-6 * abs(before[1])
-                or self.scalars[0] > before[2] + 1e-4 * abs(self.best_cost)
-            )
-            quiet = 0 if gained else quiet + 1
-            settled = quiet >= 40 and self.best_excess == 0.0 and len(self.order) < 2000
-            if settled or self.closed() or self.impossible() or self.expired():
-                break
-
-    def raise_bound(self) -> None:
-        began = time.monotonic()
-        target = self.best_cost if self.best_excess == 0.0 else math.inf
-        n_steps = int(min(10, self.budget - self.evaluations))
-        self.evaluations += self._dual.ascend(
-            self.core,
-            self.order,
-            self.rank,
-            self.is_tree,
-            self.messages,
-            self.dual_state,
-            n_steps,
-            target,
-        )
-        self.offer(self.dual_state[2])
-        self.offer(self.dual_state[3])
-        self.step_s = time.monotonic() - began
-
-    def local_search(self, x: np.ndarray) -> None:
-        """Improve x under the present prices; if it breaks the limit, repair it first."""
-        core, x = self.core, x.copy()
-        use = np.empty(len(core.fixed))
-        self._dual.usage_of(core, x, use)
-        cost = self._dual.cost_of(core, x)
-        excess = float(np.maximum(use - core.limit, 0.0).sum())
-        state = np.array([cost, excess, cost, excess])
-        best_x = x.copy()
-        prices = self.dual_state[1]
-        penalty = max(float(prices.max(initial=0.0)), 1e-4 * abs(cost) / (core.limit or 1.0))
-        n_moves = int(min(2000, 20 * len(x)))
-        for _ in range(_REPAIRS):
-            repairing = state[1] > 0.0
-            if repairing:
-                penalty *= 3.0
-                prices = prices + penalty * (use > core.limit)
-            self._search(x, use, best_x, state, prices, penalty, 300 if repairing else n_moves)
-            if not repairing or self.expired():
-                break
-        self.offer(best_x)
-
-    def _search(self, x, use, best_x, state, prices, penalty, n_moves) -> None:
-        self.evaluations += self._blocks.search(
-            self.core,
-            x,
-            use,
-            best_x,
-            state,
-            prices,
-            n_moves,
-            int(min(n_moves, self.budget - self.evaluations)),
-            20,
-            0.0,
-            abs(float(state[0])) / max(len(x), 1),
-            penalty,
-            int(self.rng.integers(2**31)),
-        )
-
-    def solution(self, *, with_bound: bool) -> Solution:
-        x = self.best if self.best is not None else np.zeros(len(self.rank), dtype=np.int32)
-        assignment = self.reduced.lift(x)
-        cost = self.problem.cost(assignment)
-        feasible = cost < FORBIDDEN and self.problem.is_feasible(assignment)
-        lower = -math.inf
-        if with_bound:
-            lower = float(self.scalars[0]) + self.reduced.constant
-            if feasible:
-                lower = min(lower, cost)
-        status = "infeasible" if self.impossible() else "unknown"
-        if feasible:
-            status = "optimal" if self.closed() else "feasible"
-        return Solution(
-            assignment=assignment,
-            cost=cost,
-            lower_bound=lower,
-            feasible=feasible,
-            evaluations=self.evaluations,
-            elapsed_s=time.monotonic() - self.start,
-            status=status,
-        )

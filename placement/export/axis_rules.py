@@ -10,9 +10,17 @@ import json
 
 from graphs.errors import MeshwrightError
 from placement.export.layout import JobLayout
-from placement.export.target import Target
+from placement.export.target import Target, named_degrees
 
-AXES = ("data", "fsdp", "fsdp_transpose", "tensor", "context", "pipeline", "expert")
+AXES: tuple[str, ...] = (
+    "data",
+    "fsdp",
+    "fsdp_transpose",
+    "tensor",
+    "context",
+    "pipeline",
+    "expert",
+)
 
 _REASONS = {
     "n_slices": "rules name mesh axes, not networks",
@@ -64,7 +72,7 @@ class LogicalAxisRules(Target):
         weights = [a for a in named.get("embed", []) if sizes[a] > 1]
         return JobLayout(
             n_devices=total,
-            **sizes,
+            **named_degrees(sizes),
             sequence_parallel="tensor" in named.get("activation_norm_length", []),
             zero_stage=3 if weights or sizes["fsdp_transpose"] > 1 else 0,
         )

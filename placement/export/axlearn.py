@@ -10,7 +10,7 @@ import re
 
 from graphs.errors import MeshwrightError
 from placement.export.layout import JobLayout
-from placement.export.target import Target
+from placement.export.target import Target, named_degrees
 
 _AXES = {
     "pipeline": "pipeline",
@@ -112,7 +112,7 @@ class AxLearn(Target):
         return JobLayout(
             n_devices=n_devices,
             n_slices=n_slices,
-            **{field: sizes[axis] for axis, field in _AXES.items()},
+            **named_degrees({field: sizes[axis] for axis, field in _AXES.items()}),
             zero_stage=3 if sizes["fsdp"] * sizes["expert"] * sizes["seq"] > 1 else 0,
             seq_len=_number(r"max_sequence_length = (\d+)", text),
             global_batch=total,

@@ -16,6 +16,7 @@ from cost_model.cluster import parse_cluster
 from graphs.errors import MeshwrightError
 from placement.export import axis_rules
 from placement.export.layout import JobLayout
+from placement.export.target import named_degrees
 from placement.report.from_plan import kind_of, path_words, spec_words
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def layout_of_plan(
     layout = JobLayout(
         n_devices=cluster.n_devices,
         n_slices=cluster.n_slices,
-        **sizes,
+        **named_degrees(sizes),
         zero_stage=_zero_stage(of_kind, names),
         seq_len=widest.shape[1] if len(widest.shape) > 1 else None,
         global_batch=total,

@@ -11,7 +11,7 @@ import yaml
 
 from graphs.errors import MeshwrightError
 from placement.export.layout import JobLayout
-from placement.export.target import Target, maybe, number, words_of
+from placement.export.target import Target, maybe, named_degrees, number, words_of
 
 _AXES = {
     "data": "data",
@@ -106,7 +106,7 @@ class MaxText(Target):
         return JobLayout(
             n_devices=n_devices,
             n_slices=n_slices,
-            **{**size, "tensor": size["tensor"] * sequence},
+            **named_degrees({**size, "tensor": size["tensor"] * sequence}),
             sequence_parallel=sequence > 1,
             zero_stage=sharded,
             seq_len=maybe(settings, "max_target_length"),

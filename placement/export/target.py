@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from graphs.errors import MeshwrightError
 from placement.export.layout import JobLayout, changed
@@ -67,6 +68,11 @@ class Target(abc.ABC):
             for field, (wanted, written) in changed(layout, self.read(text)).items()
         )
         return Export(target=self.name, text=text, lost=lost)
+
+
+def named_degrees(sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Degrees by their field names, to be given to JobLayout as keywords."""
+    return dict(sizes)
 
 
 def number(settings: Mapping[str, str], key: str, default: int | None = None) -> int:

@@ -199,8 +199,8 @@ def tensor_rows(plan: Plan):
             shape=leaf.shape,
             dtype=leaf.dtype,
             spec=spec_words(leaf.spec),
-            bytes_total=math.prod(leaf.shape) * size,
-            bytes_per_device=math.prod(local) * size,
+            bytes_total=round(math.prod(leaf.shape) * size),
+            bytes_per_device=round(math.prod(local) * size),
         )
 
 

@@ -3,9 +3,11 @@
 out[b, s, k, g] = sum_t softmax_t(scale q[b, s, k, g] . key[b, t, k] + bias) value[b, t, k]
 
 B batch, S queries, T keys, K key heads, G queries per key head. The *naive* form holds the whole
-score matrix [B, K, G, S, T]; the *chunked* form scans over blocks of queries and recomputes each
-in the backward pass, so it holds one block of scores; local layers then read only the keys that
-the block's windows touch.
+score matrix [B, K, G, S, T]. The *chunked* form scans over blocks of C queries and recomputes each
+in the backward pass, so it holds one block of scores. A block of a global layer takes every
+(S / C)-th query: where the sequence is sharded, each device then has its share of every block, and
+no more causal work than the others. A block of a local layer is contiguous and reads only the keys
+that its windows touch.
 """
 
 from __future__ import annotations
@@ -66,39 +68,46 @@ def attend(
         sink=sink,
         relative_table=relative_table,
     )
+    positions = jnp.arange(t, dtype=jnp.int32)
     if not options.chunked(s):
         if options.remat == "attention":
             core = jax.checkpoint(core)
-        out = core(q, k, v, jnp.int32(0), jnp.int32(0))
+        out = core(q, k, v, jnp.arange(s, dtype=jnp.int32), positions)
         return out.reshape(b, s, h, v.shape[-1])
 
     chunk = options.query_chunk
+    n_blocks = s // chunk
     n_keys = t
     if mask.causal and mask.window is not None and s == t:
         n_keys = min(t, -(-(mask.window + chunk) // chunk) * chunk)
-    blocks = jnp.moveaxis(q.reshape(b, s // chunk, chunk, kv, h // kv, hd), 1, 0)
+    contiguous = n_keys < t
+    split = (b, n_blocks, chunk) if contiguous else (b, chunk, n_blocks)
+    block_axis = 1 if contiguous else 2
+    blocks = jnp.moveaxis(q.reshape(*split, *q.shape[2:]), block_axis, 0)
+    within = jnp.arange(chunk, dtype=jnp.int32)
 
-    def body(_, block):
-        index, q_block = block
-        start = index * chunk
-        if n_keys == t:
-            return None, core(q_block, k, v, start, jnp.int32(0))
-        first_key = jnp.maximum(start + chunk - n_keys, 0)
+    def body(_, xs):
+        block, q_block = xs
+        if not contiguous:
+            return None, core(q_block, k, v, within * n_blocks + block, positions)
+        query = within + block * chunk
+        first_key = jnp.maximum((block + 1) * chunk - n_keys, 0)
         k_block = jax.lax.dynamic_slice_in_dim(k, first_key, n_keys, axis=1)
         v_block = jax.lax.dynamic_slice_in_dim(v, first_key, n_keys, axis=1)
-        return None, core(q_block, k_block, v_block, start, first_key)
+        key = first_key + jnp.arange(n_keys, dtype=jnp.int32)
+        return None, core(q_block, k_block, v_block, query, key)
 
-    indices = jnp.arange(s // chunk, dtype=jnp.int32)
+    indices = jnp.arange(n_blocks, dtype=jnp.int32)
     _, out = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, (indices, blocks))
-    return jnp.moveaxis(out, 0, 1).reshape(b, s, h, v.shape[-1])
+    return jnp.moveaxis(out, 0, block_axis).reshape(b, s, h, v.shape[-1])
 
 
 def _attend_block(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    first_query: jax.Array,
-    first_key: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
     *,
     mask: Mask,
     scale: float,
@@ -106,14 +115,16 @@ def _attend_block(
     sink: jax.Array | None,
     relative_table: jax.Array | None,
 ) -> jax.Array:
-    """q [B, S, K, G, hd], k [B, T, K, hd], v [B, T, K, vd] -> [B, S, K, G, vd]."""
+    """q [B, S, K, G, hd], k [B, T, K, hd], v [B, T, K, vd] -> [B, S, K, G, vd].
+
+    query int32 [S] and key int32 [T]: positions in the sequence.
+    """
     n_kv, group = q.shape[2], q.shape[3]
     scores = jnp.einsum("bskgh,btkh->bkgst", q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     s, t = scores.shape[-2:]
-    query = first_query + jax.lax.broadcasted_iota(jnp.int32, (s, t), 0)
-    key = first_key + jax.lax.broadcasted_iota(jnp.int32, (s, t), 1)
+    query, key = query[:, None], key[None, :]
     if mask.alibi:
         slopes = jnp.asarray(alibi_slopes(n_kv * group), jnp.float32).reshape(n_kv, group, 1, 1)
         scores = scores + slopes * (key - query).astype(jnp.float32)

@@ -21,13 +21,13 @@ def cross_entropy(
     """hidden [B, S, D], head [D, V], targets int32 [B, S] -> mean loss, float32 scalar.
 
     With chunks > 1 the logits exist for S / chunks positions at a time, and again in the backward
-    pass.
+    pass. A block takes every chunks-th position, so that a sharded sequence stays where it is.
     """
     b, s, _ = hidden.shape
     if chunks == 1:
         return _summed(hidden, head, targets, softcap) / (b * s)
-    blocks = jnp.moveaxis(hidden.reshape(b, chunks, s // chunks, -1), 1, 0)
-    target_blocks = jnp.moveaxis(targets.reshape(b, chunks, s // chunks), 1, 0)
+    blocks = jnp.moveaxis(hidden.reshape(b, s // chunks, chunks, -1), 2, 0)
+    target_blocks = jnp.moveaxis(targets.reshape(b, s // chunks, chunks), 2, 0)
 
     def body(total, block):
         return total + _summed(block[0], head, block[1], softcap), None

@@ -83,14 +83,13 @@ class ExpertFeedForward(nnx.Module):
         chosen = jax.nn.one_hot(pair_expert, n, dtype=jnp.int32)
         rank = jnp.sum(jnp.cumsum(chosen, axis=1) * chosen, axis=-1) - 1
         kept = rank < c
-        # pairs beyond the capacity go to one slot past the end, which is cut off
+        # index n c is out of bounds: such pairs are neither written nor read
         slot = jnp.where(kept, pair_expert * c + rank, n * c)
         token = jnp.broadcast_to(jnp.arange(s * k, dtype=jnp.int32) // k, (b, s * k))
         token_of_slot = jax.vmap(
-            lambda index, value: jnp.full((n * c + 1,), s, jnp.int32).at[index].set(value)
-        )(slot, token)[:, : n * c]
-        padded = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
-        taken = jnp.take_along_axis(padded, token_of_slot[..., None], axis=1)
+            lambda index, value: jnp.full((n * c,), s, jnp.int32).at[index].set(value, mode="drop")
+        )(slot, token)
+        taken = jnp.take_along_axis(x, token_of_slot[..., None], axis=1, mode="fill", fill_value=0)
         inputs = taken.reshape(b, n, c, d)
 
         up = jnp.einsum("becd,edf->becf", inputs, weight(self.up, dtype))
@@ -107,8 +106,9 @@ class ExpertFeedForward(nnx.Module):
         if config.mlp_bias:
             out = out + weight(self.down_bias, dtype)[:, None, :]
 
-        flat = jnp.pad(out.reshape(b, n * c, d), ((0, 0), (0, 1), (0, 0)))
-        back = jnp.take_along_axis(flat, slot[..., None], axis=1).reshape(b, s, k, d)
+        back = jnp.take_along_axis(
+            out.reshape(b, n * c, d), slot[..., None], axis=1, mode="fill", fill_value=0
+        ).reshape(b, s, k, d)
         mixture = mixture * kept.reshape(b, s, k)
         return jnp.einsum("bskd,bsk->bsd", back, mixture.astype(dtype))
 

@@ -216,6 +216,7 @@ class _Search:
         from cost_model.timeline import timeline
         from placement.decode import decode
         from placement.explain import reasons
+        from placement.optimizers import HAND_TUNED
         from placement.plan import Plan
 
         fitting = [c for c in self.candidates if c.memory_bytes <= self.limit]
@@ -226,7 +227,9 @@ class _Search:
             status = self._why_not(best)
         elif self.skipped:
             status = "time_limit"
-        inputs, outputs, results, operands = decode(best.simulator.tables, best.choices)
+        inputs, outputs, results, operands = decode(
+            best.simulator.tables, best.choices, pin_operands=best.optimizer not in HAND_TUNED
+        )
         shapes = jax.eval_shape(train_step, *abstract_args)
         drawn = timeline(best.simulator, best.choices)
         return Plan(

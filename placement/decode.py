@@ -34,14 +34,18 @@ def tensor_specs(tables: Tables, assignment: np.ndarray) -> dict[int, Spec]:
 
 
 def decode(
-    tables: Tables, assignment: np.ndarray
+    tables: Tables, assignment: np.ndarray, *, pin_operands: bool = True
 ) -> tuple[
     tuple[LeafSpec, ...],
     tuple[LeafSpec, ...],
     dict[int, SpecEntries],
     dict[tuple[int, int], SpecEntries],
 ]:
-    """(arguments, results, value constraints, operand constraints)."""
+    """(arguments, results, value constraints, operand constraints).
+
+    Without ``pin_operands`` only values are constrained, as experts do by hand; where an operand has
+    to change its sharding is then left to the compiler.
+    """
     grouping = tables.grouping
     graph = grouping.graph
     names = tables.layout.mesh.axis_names
@@ -73,7 +77,7 @@ def decode(
             results[t] = named(specs[t])
     operands: dict[tuple[int, int], SpecEntries] = {}
     for g, item in enumerate(grouping.groups):
-        if item.kind == COPY:
+        if item.kind == COPY or not pin_operands:
             continue
         node = int(tables.node_of[g])
         menu, pick = tables.choices[node], int(assignment[node])

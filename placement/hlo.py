@@ -397,7 +397,7 @@ def _describe(kind: str, inner: Instruction, outer: Instruction) -> Collective:
         result_bytes = inner.result_bytes
         dtype = arrays[0].dtype if arrays else ""
         operand_bytes = result_bytes
-    replica_groups = inner.attribute("replica_groups")
+    replica_groups = _replica_groups_text(inner)
     groups = parse_groups(replica_groups) if replica_groups else None
     n = 1 if groups is None else groups.shape[1]
     if kind == "reduce-scatter" and inner.opcode.startswith("all-reduce"):
@@ -417,6 +417,16 @@ def _describe(kind: str, inner: Instruction, outer: Instruction) -> Collective:
         pairs=tuple((int(a), int(b)) for a, b in _PAIR.findall(pairs_text)) if pairs_text else (),
         op_name=inner.op_name or outer.op_name,
     )
+
+
+def _replica_groups_text(instruction: Instruction) -> str | None:
+    """The attribute, which in mesh notation holds a comma outside of brackets."""
+    text = instruction.attributes_text
+    start = text.find("replica_groups=mesh[")
+    if start < 0:
+        return instruction.attribute("replica_groups")
+    start += len("replica_groups=")
+    return text[start : text.index("}", text.index("{", start)) + 1]
 
 
 def _iota(text: str) -> tuple[tuple[int, ...], np.ndarray]:

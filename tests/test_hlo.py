@@ -158,6 +158,17 @@ def test_groups_in_every_notation(text, expected):
     assert sorted(map(sorted, groups.tolist())) == expected
 
 
+def test_mesh_groups_with_device_ids_are_read_whole():
+    text = MODULE.replace(
+        "replica_groups=[2,4]<=[4,2]T(1,0)",
+        "replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]<=[4,2]T(1,0)) {'b'}",
+    )
+    module = hlo.parse_module(text)
+    found = hlo.collective_of(module, module.computations["body"].by_name["y"])
+    assert found is not None and found.groups is not None
+    assert found.groups.tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
 def test_no_groups_means_everyone():
     assert hlo.parse_groups("{}") is None
 

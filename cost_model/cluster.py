@@ -246,6 +246,7 @@ def _gpu(device: Device, notation: str, n_slices: int, shape: tuple[int, ...]) -
 def _cpu(device: Device, notation: str, n_slices: int, shape: tuple[int, ...]) -> Cluster:
     if len(shape) != 1:
         raise MeshwrightError(f"cluster {notation!r}: write cpu:N, for example cpu:8")
+    device = _share_of_cores(device, shape[0])
     axes = [
         PhysicalAxis(
             name="host",
@@ -257,6 +258,18 @@ def _cpu(device: Device, notation: str, n_slices: int, shape: tuple[int, ...]) -
         )
     ]
     return _cluster(device, f"{device.name}:{shape[0]}", n_slices, shape, axes, "", ())
+
+
+def _share_of_cores(device: Device, n_devices: int) -> Device:
+    """One of n forced-host devices: they run on the same cores and memory."""
+    share = min(1.0, device.cores / n_devices)
+    return dataclasses.replace(
+        device,
+        peak_flops_per_s={k: v * share for k, v in device.peak_flops_per_s.items()},
+        vector_flops_per_s=device.vector_flops_per_s * share,
+        hbm_bandwidth_bytes_per_s=device.hbm_bandwidth_bytes_per_s * share,
+        link_bandwidth_bytes_per_s=device.link_bandwidth_bytes_per_s * share,
+    )
 
 
 def _cluster(

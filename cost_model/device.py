@@ -33,6 +33,7 @@ _DTYPE_RATE = {
 _PER_CHIP = (
     "vector_flops_per_s",
     "hbm_capacity_bytes",
+    "hbm_available_bytes",
     "hbm_bandwidth_bytes_per_s",
     "link_bandwidth_bytes_per_s",
     "inter_slice_bandwidth_bytes_per_s",
@@ -63,6 +64,8 @@ class Device:
     vector_flops_per_s: float
     """element-wise peak, float32."""
     hbm_capacity_bytes: float
+    hbm_available_bytes: float
+    """what the compiler lets one program use; the capacity where it is not known to be less."""
     hbm_bandwidth_bytes_per_s: float
     core_clock_hz: float
     matrix_tile: int
@@ -233,6 +236,7 @@ def _build(where: str, values: dict[str, Any], sources: dict[str, str]) -> Devic
     defaults |= dict(
         inter_node_efficiency=1.0, inter_slice_efficiency=1.0, in_network_reduction=1.0
     )
+    defaults["hbm_available_bytes"] = values.get("hbm_capacity_bytes")
     known = {f.name: f for f in dataclasses.fields(Device) if f.name != "sources"}
     unknown = sorted(set(values) - set(known))
     if unknown:

@@ -49,6 +49,8 @@ _MATMUL_BOUNDS: dict[str, tuple[float, float, float]] = {
     "sharpness": (2.5, 1.0, 12),
 }
 """Start, least and greatest value of each constant in the fit."""
+_NO_ESTIMATE = ("ragged_dot",)
+"""Kinds whose compiler estimate is no time: 3 to 140 times a dense product of every group."""
 _LEAST_CYCLES = 1000
 """No kernel starts in less; a smaller sum means that one has no estimate."""
 _BARE = ("add", "exp")
@@ -96,7 +98,8 @@ def read_profile(text: str, clock_hz: float) -> Profile:
             unknown += 1
             continue
         # a sort alone shows only the cycles of its neighbours
-        if raw["cycles"] and float(raw["cycles"]) < _LEAST_CYCLES:
+        few = raw["cycles"] and float(raw["cycles"]) < _LEAST_CYCLES
+        if few or (raw["cycles"] and raw["kind"] in _NO_ESTIMATE):
             unknown += 1
             continue
         cycles = float(raw["cycles"]) if raw["cycles"] else float(raw["seconds"]) * clock_hz

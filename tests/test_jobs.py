@@ -61,8 +61,8 @@ def test_parameter_counts_are_the_zoo_s():
         rows = [r for r in csv.DictReader(file) if r["attention_type"] != "mha" or r["gated"]]
     checked = 0
     for row in rows:
-        if "T5" in row["model"]:
-            continue  # an encoder and a decoder
+        if "T5" in row["model"] or not row["computed_params_b"]:
+            continue  # an encoder and a decoder; rows without a count of their own
         job = _job(model_name=row["model"])
         total = float(counts.parameters(job).total(job)[0]) / 1e9
         assert total == pytest.approx(float(row["computed_params_b"]), rel=0.02), row["model"]

@@ -41,6 +41,8 @@ class Jobs:
     moe_d_ff: np.ndarray
     shared_experts: np.ndarray
     n_moe_layers: np.ndarray
+    expert_bias: np.ndarray
+    """1 where experts have biases and clamped activations."""
     q_lora_rank: np.ndarray
     kv_lora_rank: np.ndarray
     qk_rope_dim: np.ndarray
@@ -86,6 +88,8 @@ class Jobs:
     """bytes of an element in the matmuls: 2 bf16 / fp16, 1 fp8 / int8, 0.5 nvfp4."""
     scaled_blocks: np.ndarray
     """1 for block-scaled types (mxfp8, nvfp4), which quantise along both directions."""
+    integer: np.ndarray
+    """1 for int8 matmuls."""
     fp16: np.ndarray
     """1 for fp16 with loss scaling."""
     # software
@@ -167,6 +171,7 @@ def model_columns(shape: ModelShape) -> dict[str, float]:
         "moe_d_ff": shape.moe_d_ff,
         "shared_experts": shape.shared_experts,
         "n_moe_layers": float(sparse if shape.n_experts else 0),
+        "expert_bias": float(shape.attention_bias and shape.n_experts > 0),
         "q_lora_rank": shape.q_lora_rank,
         "kv_lora_rank": shape.kv_lora_rank,
         "qk_rope_dim": shape.qk_rope_dim,

@@ -72,7 +72,9 @@ class DeviceColumns:
     matmul_flops_per_s: np.ndarray
     """the best measured bf16 matmul where published, else the peak."""
     low_precision_gain: np.ndarray
-    """fp8 (int8 on TPUs without it) best matmul over the bf16 one; 1 where there is no gain."""
+    """fp8 best matmul over the bf16 one; 1 where there is no gain."""
+    integer_gain: np.ndarray
+    """int8 matmul peak over the bf16 one; 1 where there is no gain."""
     hbm_bytes: np.ndarray
     hbm_bytes_per_s: np.ndarray
     link_bytes_per_s: np.ndarray
@@ -145,8 +147,7 @@ def _record(name: str) -> dict[str, float]:
         if device.name == "gb300" and best8:
             best, best8 = (x * _GB300_POWER**_CLOCK_PER_POWER for x in (best, best8))
     if best8 is None:
-        rates = device.peak_flops_per_s
-        best8 = best * max(rates.get("float8", 0.0), rates.get("int8", 0.0) if tpu else 0.0) / peak
+        best8 = best * device.peak_flops_per_s.get("float8", peak) / peak
     slow = change.get("power_share", 1.0) ** _CLOCK_PER_POWER
     links = 2.0 * device.torus_dims if tpu else float(device.links_per_device)
     slow_network = (
@@ -158,6 +159,7 @@ def _record(name: str) -> dict[str, float]:
         "peak_flops_per_s": peak,
         "matmul_flops_per_s": best * slow,
         "low_precision_gain": max(best8 / best, 1.0),
+        "integer_gain": max(device.peak_flops_per_s.get("int8", peak) / peak, 1.0),
         "hbm_bytes": change.get("hbm_bytes", device.hbm_capacity_bytes),
         "hbm_bytes_per_s": change.get("hbm_bytes_per_s", device.hbm_bandwidth_bytes_per_s),
         "link_bytes_per_s": device.link_bandwidth_bytes_per_s * links * device.link_efficiency,

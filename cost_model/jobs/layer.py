@@ -25,8 +25,9 @@ LOGIT_BYTES = 26.0
 """bytes moved per logit: written in bf16, cast to fp32, reduced, exponentiated, its gradient."""
 # kernels of a layer's forward pass: fused by a compiler, or one by one; what an expert layer adds
 _KERNELS_COMPILED, _KERNELS_EAGER, _KERNELS_EXPERT = 16.0, 28.0, 40.0
-_ATTENTION_BLOCK = 512.0
-"""keys that a windowed attention kernel loads at once."""
+_ATTENTION_BLOCK, _ATTENTION_BLOCK_TPU = 256.0, 3072.0
+"""keys beyond the window that a kernel's blocks of queries and keys cover: blocks of 128 on GPUs,
+of 2048 by 2048 (1024 of them masked off on average) in splash attention."""
 _NVFP4_GAIN = 1.6
 """nvfp4 over fp8 in a job: twice the rate, with the first and last layers in bf16."""
 _EXPERT_TILE = 128.0
@@ -69,6 +70,8 @@ class Rates:
     """flops/s of wide matmuls in the job's matmul type."""
     matmul16: np.ndarray
     """flops/s of wide matmuls in bf16."""
+    grouped: np.ndarray
+    """flops/s of wide matmuls in the job's type where many small operands are quantised."""
     hbm: np.ndarray
     """bytes/s."""
 
@@ -78,9 +81,13 @@ def rates(jobs: Jobs, constants: Constants) -> Rates:
     d = jobs.device
     wide = d.matmul_flops_per_s * constants.of("matmul_share", d.family)
     low = jobs.matmul_bytes < 2
-    gain = d.low_precision_gain * np.where(jobs.matmul_bytes < 1, _NVFP4_GAIN, 1.0)
+    gain = np.where(jobs.integer > 0, d.integer_gain, d.low_precision_gain) * np.where(
+        jobs.matmul_bytes < 1, _NVFP4_GAIN, 1.0
+    )
     kept = 1 + (gain - 1) * constants.of("low_precision_share", d.family)
+    kept_grouped = 1 + (gain - 1) * constants.of("expert_low_precision_share", d.family)
     return Rates(
+        grouped=np.where(low, wide * kept_grouped, wide),
         matmul=np.where(low, wide * kept, wide),
         matmul16=wide,
         hbm=d.hbm_bytes_per_s * constants.of("hbm_share", d.family),
@@ -135,7 +142,8 @@ def core(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
     """softmax(Q K^T) V of the heads and the part of the sequence that a device holds."""
     heads = jobs.n_heads / jobs.tp
     s = jobs.seq_len
-    window = np.where(jobs.window > 0, np.minimum(jobs.window + _ATTENTION_BLOCK, s), s)
+    block = np.where(jobs.device.array_width > 0, _ATTENTION_BLOCK_TPU, _ATTENTION_BLOCK)
+    window = np.where(jobs.window > 0, np.minimum(jobs.window + block, s), s)
     seen_window = window - window * window / (2 * s)
     seen = jobs.window_share * seen_window + (1 - jobs.window_share) * s / 2
     width = jobs.head_dim + jobs.v_head_dim
@@ -190,7 +198,7 @@ def expert_mlp(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
     share = constants.of("expert_share", jobs.device.family) * rows / (rows + _EXPERT_TILE)
     gain = np.where(jobs.fused_experts > 0, constants.of("expert_gain", jobs.device.family), 1.0)
     share = share * gain
-    grouped = {**how, "flops_per_s": rate.matmul * share}
+    grouped = {**how, "flops_per_s": rate.grouped * share}
     routed = _grouped(rows, jobs.n_up * f, d, here, grouped, jobs.remat_up) + _grouped(
         rows, d, f, here, grouped, jobs.remat_down
     )
@@ -201,7 +209,9 @@ def expert_mlp(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
     copies = t * jobs.experts_per_token * d * 2.0
     moved = constants.of("routing_traffic", jobs.device.family) * copies * 6.0 / rate.hbm / gain
     routing = Part(forward=moved, backward=moved, redone=moved * jobs.remat_pointwise * 0.5)
-    activation = t * jobs.experts_per_token * (jobs.n_up + 1) * f * 2.0 / rate.hbm
+    # biases and clamped activations of the experts are kernels of their own: three more passes
+    passes = 2.0 * (jobs.n_up + 1) + 12.0 * jobs.n_up * jobs.expert_bias
+    activation = t * jobs.experts_per_token * passes * f / rate.hbm
     pointwise = Part(
         forward=activation, backward=2 * activation, redone=activation * jobs.remat_pointwise
     )

@@ -327,6 +327,7 @@ def _record(
         "offload": offload_share(notes, model["n_layers"]),
         "matmul_bytes": width,
         "scaled_blocks": float(raw.get("dtype") in ("mxfp8", "nvfp4")),
+        "integer": float(raw.get("dtype") == "int8"),
         "fp16": float(raw.get("dtype") == "fp16"),
         **{
             name: stack_facts[name]
@@ -411,6 +412,7 @@ def _model(
     experts = given["n_experts"] or base.get("n_experts", 0.0) or 0.0
     out = dict(base) or {
         "shared_experts": 0.0,
+        "expert_bias": 0.0,
         "q_lora_rank": 0.0,
         "kv_lora_rank": 0.0,
         "qk_rope_dim": 0.0,
@@ -436,5 +438,5 @@ def _model(
         d_ff=(base.get("d_ff", 0.0) if experts else d_ff),
     )
     if base and not experts:
-        out["d_ff"] = d_ff
+        out["d_ff"] = base["d_ff"]
     return out, complete

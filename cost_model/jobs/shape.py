@@ -41,6 +41,14 @@ _ALIASES = (
     (r"^(gpt3175b|gpt3$)", "GPT-3 175B"),
     (r"^bloom", "BLOOM 176B"),
     (r"^(mtnlg|turing)530b", "MT-NLG 530B"),
+    (r"^gemma426b", "Gemma 4 26B"),
+    (r"^gemma431b", "Gemma 4 31B"),
+    (r"^gemma412b", "Gemma 4 12B"),
+    (r"^gemma4(e2b|2b)", "Gemma 4 E2B"),
+    (r"^gemma4(e4b|4b)", "Gemma 4 E4B"),
+    (r"^nemotron415b", "Nemotron-4 15B"),
+    (r"^nemotron4340b", "Nemotron-4 340B"),
+    (r"^nemotron38b", "Nemotron-3 8B"),
     (r"^megatron22b", "Megatron GPT 22B"),
     (r"^(megatron|gpt)1t", "Megatron GPT 1T"),
     (r"^(megatron|gpt)145b", "Megatron GPT 145B (SC21)"),
@@ -75,6 +83,8 @@ class ModelShape:
     first_dense_layers: int = 0
     moe_period: int = 1
     """an expert layer every so many layers."""
+    attention_bias: bool = False
+    """True where projections have biases; experts then have them too."""
     q_lora_rank: int = 0
     """0 for ordinary attention; latent attention (MLA) otherwise."""
     kv_lora_rank: int = 0
@@ -148,6 +158,7 @@ def _from_row(row: dict[str, str]) -> ModelShape:
         shared_experts=integer("shared_experts"),
         first_dense_layers=integer("first_dense_layers"),
         moe_period=int(period[1]) if period else 1,
+        attention_bias=row["attn_bias"] == "True",
         q_lora_rank=integer("q_lora_rank"),
         kv_lora_rank=integer("kv_lora_rank"),
         qk_rope_dim=integer("qk_rope_dim") if mla else 0,

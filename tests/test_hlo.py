@@ -1,4 +1,5 @@
 """Scheduled HLO text is read as XLA writes it."""
+# ruff: noqa: E501
 
 import numpy as np
 import pytest
@@ -180,7 +181,7 @@ def test_iota_groups_partition_the_devices():
 
 
 def test_truncated_text_is_one_sentence():
-    with pytest.raises(MeshwrightError, match="not a whole HLO module.*compile again"):
+    with pytest.raises(MeshwrightError, match=r"not a whole HLO module.*compile again"):
         hlo.parse_module(MODULE[: MODULE.index("ENTRY")])
     with pytest.raises(MeshwrightError, match="%main is not closed"):
         hlo.parse_module(MODULE.rstrip()[:-1])

@@ -174,3 +174,35 @@ def test_cases_are_reproducible_and_every_kind_traces():
             program, arguments = build(item)
             jax.eval_shape(program, *arguments)
     assert len({kind for kind, _ in seen}) == 9
+
+
+def profile(tmp_path, *more):
+    from placement.experiments.profile import main
+
+    arguments = ["device=cpu", "kinds=[elementwise]", "scale=0.06", "fit=false"]
+    return main([*arguments, f"cache={tmp_path}/cache", f"out={tmp_path}/out", *more])
+
+
+def test_the_profile_command_resumes_where_it_stopped(tmp_path, capsys):
+    assert profile(tmp_path) == 0
+    (store,) = (tmp_path / "cache").glob("cpu-*.jsonl")
+    whole = store.read_text()
+    lines = whole.splitlines()
+    assert len(lines) >= 3 and all(json.loads(line)["seconds"] > 0 for line in lines)
+    # killed while it wrote the last line
+    store.write_text(whole[: -len(lines[-1]) // 2])
+    assert profile(tmp_path) == 0
+    kept = store.read_text()
+    assert kept.startswith("\n".join(lines[:-1]))
+    rows = read_profile((tmp_path / "out" / "cpu.csv").read_text(), 1e9).rows
+    assert len(rows) == len(lines)
+    assert "measured, 0 failed" in capsys.readouterr().out
+
+
+def test_the_profile_command_refuses_what_it_does_not_know(tmp_path):
+    with pytest.raises(MeshwrightError, match="no operator 'matmull'"):
+        profile(tmp_path, "kinds=[matmull]")
+    with pytest.raises(MeshwrightError, match="v5x"):
+        profile(tmp_path, "device=v5x")
+    with pytest.raises(MeshwrightError, match="finds no gpu"):
+        profile(tmp_path, "device=h100")

@@ -53,6 +53,8 @@ _NO_ESTIMATE = ("ragged_dot",)
 """Kinds whose compiler estimate is no time: 3 to 140 times a dense product of every group."""
 _LEAST_CYCLES = 1000
 """No kernel starts in less; a smaller sum means that one has no estimate."""
+_TRUST = 0.03
+"""Relative error that a constant of a variant may cost before it leaves that of its kind."""
 _BARE = ("add", "exp")
 """Programs of one instruction: not a fusion, so the compiler does not tune their windows."""
 _RESIDENT_BYTES = [0.0, *(2.0**20 * x for x in (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 110, 120))]
@@ -136,14 +138,15 @@ def fit_rows(device: Device, rows: Sequence[Row], versions: dict[str, str]) -> d
         content["constants"]["vector"] = _fit_any_loop(device, fused)
     for kind in VECTOR_KINDS:
         own = [r for r in rows if r.case.kind == kind]
-        if len(own) >= 8:
-            content["constants"][kind] = _fit_vector(device, own, resident)[0]
+        if not own:
+            continue
+        whole = _fit_vector(device, own, resident)[0]
+        content["constants"][kind] = whole
         for variant in sorted({r.case.variant for r in own}):
             some = [r for r in own if r.case.variant == variant]
-            if len(some) >= 4:
-                constants, points, residuals = _fit_vector(device, some, resident)
-                content["constants"][f"{kind}.{variant}"] = constants
-                _add_neighbours(content, f"{kind}.{variant}", points, residuals)
+            constants, points, residuals = _fit_vector(device, some, resident, near=whole)
+            content["constants"][f"{kind}.{variant}"] = constants
+            _add_neighbours(content, f"{kind}.{variant}", points, residuals)
     return content
 
 
@@ -214,8 +217,12 @@ def _fit_matmul(device: Device, rows: list[Row]) -> tuple[dict[str, float], np.n
 
 
 def _fit_vector(
-    device: Device, rows: list[Row], resident_bytes: float
+    device: Device,
+    rows: list[Row],
+    resident_bytes: float,
+    near: dict[str, float] | None = None,
 ) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    """Constants, features and residuals; drawn to the constants ``near`` of the whole kind."""
     works = counts([r.case for r in rows])
     names = [f.name for f in dataclasses.fields(Work)]
     work = Work(**{n: np.array([float(getattr(w, n)) for w in works]) for n in names})
@@ -226,14 +233,16 @@ def _fit_vector(
         "register_cycles": (5.0, 1e-3, 3000.0),
         "sharpness": (3.0, 1.0, 12.0),
     }
-    if 0 < work.narrow.sum() < len(rows):
+    if (0 < work.narrow.sum() < len(rows)) or (near and "narrow_cycles" in near):
         bounds["narrow_cycles"] = (2.0, 1e-3, 300.0)
     if np.any(work.flops > 0):
         bounds["compute_factor"] = (1.3, 0.1, 50.0)
     if np.any(work.pieces > 0):
         bounds["per_piece"] = (1.0, 1e-3, 20000.0)
     fixed = {"resident_bytes": resident_bytes}
-    constants, _ = _least_squares(lambda c: class_cycles(device, c | fixed, work), bounds, measured)
+    constants, _ = _least_squares(
+        lambda c: class_cycles(device, c | fixed, work), bounds, measured, near
+    )
     constants |= fixed
     residuals = np.log(measured / class_cycles(device, constants, work))
     return constants, work_features(work), residuals
@@ -261,19 +270,36 @@ def _least_squares(
     model: Callable[[dict[str, float]], np.ndarray],
     bounds: dict[str, tuple[float, float, float]],
     measured: np.ndarray,
+    near: dict[str, float] | None = None,
 ) -> tuple[dict[str, float], float]:
-    """Constants within bounds, in logarithms, that make log(model / measured) small."""
+    """Constants within bounds, in logarithms, that make log(model / measured) small.
+
+    With ``near``, leaving one of those constants by a factor e costs as much as an error of _TRUST.
+    """
     from scipy.optimize import least_squares
 
     names = list(bounds)
     start, low, high = np.log(np.array([bounds[n] for n in names])).T
     target = np.log(measured)
+    anchor = None
+    if near is not None:
+        anchor = np.log([near.get(n, bounds[n][0]) for n in names])
 
     def residual(x: np.ndarray) -> np.ndarray:
-        return np.log(model(dict(zip(names, np.exp(x).tolist())))) - target
+        error = np.log(model(dict(zip(names, np.exp(x).tolist())))) - target
+        return error if anchor is None else np.concatenate([error, _TRUST * (x - anchor)])
 
-    found = least_squares(
-        residual, start, bounds=(low, high), loss="soft_l1", f_scale=0.1, max_nfev=200
+    starts = [start]
+    if anchor is not None:
+        starts.append(np.clip(anchor, low + 1e-6, high - 1e-6))
+    found = min(
+        (
+            least_squares(
+                residual, x, bounds=(low, high), loss="soft_l1", f_scale=0.1, max_nfev=200
+            )
+            for x in starts
+        ),
+        key=lambda f: f.cost,
     )
     values = {n: float(f"{v:.5g}") for n, v in zip(names, np.exp(found.x))}
     return values, float(found.cost)

@@ -448,13 +448,17 @@ def _mesh_groups(text: str) -> np.ndarray:
     names = re.findall(r"'?([\w.\-]+)'?=(\d+)", axes_text)
     sizes = [int(size) for _, size in names]
     devices = np.arange(math.prod(sizes))
-    ids = re.search(r"device_ids=\(([^)]*\)?[^)]*)\)", text)
-    if ids is not None:
-        if "<=" in ids[1]:
-            devices = _iota(ids[1])[1].reshape(-1)
+    start = text.find("device_ids=(")
+    if start >= 0:
+        ids = text[start + len("device_ids=(") : text.index("{", start)]
+        iota = re.search(r"\[([\d,]+)\]T\(([\d,]+)\)", ids)
+        if iota is not None:  # [4,2]T(1,0), with or without the shape before "<="
+            dims_text, order = iota[1].split(","), iota[2].split(",")
+            devices = devices.reshape([int(x) for x in dims_text])
+            devices = devices.transpose([int(x) for x in order]).reshape(-1)
         else:
-            listed = re.findall(r"\d+", ids[1].split("]")[-1] or ids[1])
-            devices = np.asarray([int(x) for x in listed])
+            listed = [int(x) for x in re.findall(r"\d+", ids)]
+            devices = np.asarray(listed[-len(devices) :])
     chosen = re.findall(
         r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?", text[text.rindex("{") + 1 : text.rindex("}")]
     )

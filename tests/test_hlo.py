@@ -150,6 +150,8 @@ def test_permute_start_has_one_payload_and_done_none(module):
         ("mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
         ("mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
         ("mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
+        ("mesh[a=2,b=2], device_ids=([2,2]T(1,0)) {b}", [[0, 2], [1, 3]]),
+        ("mesh[a=2,b=2], device_ids=([3,2,1,0]) {b}", [[0, 1], [2, 3]]),
         ("mesh[a=2,b=2], device_ids=([2,2]<=[2,2]T(1,0)) {b}", [[0, 2], [1, 3]]),
     ],
 )

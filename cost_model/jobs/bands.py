@@ -99,7 +99,7 @@ def coverage(
             tail,
         )
         for index in np.flatnonzero(out):
-            low, high = rest.by_kind.get(kind[index], rest.everywhere)
+            low, high = rest.by_kind.get(kind[int(index)], rest.everywhere)
             inside[index] = low <= log_residuals[index] <= high
     return inside
 

@@ -29,7 +29,7 @@ class Sweep:
 
         if len(self.ids) < 3 or np.ptp(self.measured_s) == 0 or np.ptp(self.predicted_s) == 0:
             return float("nan")
-        return float(spearmanr(self.measured_s, self.predicted_s).statistic)
+        return float(np.asarray(spearmanr(self.measured_s, self.predicted_s))[0])
 
     @property
     def regret(self) -> float:

@@ -53,11 +53,11 @@ def remat_shares(
     second matmul and its per-layer policy every second layer. XLA, and PyTorch's non-reentrant
     checkpoint, leave out the last matmul of a recomputed layer because no gradient needs it.
     """
-    kept = dict.fromkeys(_PARTS, 0.0)
+    kept: dict[str, float] = {part: 0.0 for part in _PARTS}
     if recompute in ("", "none"):
         return kept
     if recompute == "full":
-        redone = dict.fromkeys(_PARTS, 1.0)
+        redone = {part: 1.0 for part in _PARTS}
         if skips_last:
             redone["down"] = 0.0
         return redone
@@ -76,7 +76,7 @@ def remat_shares(
         half = 0.5
         return {**kept, "qkv": half, "out": half, "up": half, "down": half, "pointwise": 1.0}
     if re.search(r"per-layer", text):
-        return dict.fromkeys(_PARTS, 0.5)
+        return {part: 0.5 for part in _PARTS}
     text = re.sub(r"[^;,]*\b(remat|recomputed)\b(?! with|:|_)", "", text)
     saved = {part for part, pattern in _SAVED.items() if re.search(pattern, text)}
     if jax and (saved or re.search(r"offload|custom|layer input", text)):

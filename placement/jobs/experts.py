@@ -50,7 +50,9 @@ def evaluate(cases: str | None = None, out: str = "out/experts", time_limit_s: f
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
+    writer = csv.DictWriter(
+        text, [str(name) for name in COLUMNS], lineterminator="\n", extrasaction="ignore"
+    )
     writer.writeheader()
     writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
     _write(folder / "experts.csv", text.getvalue())

@@ -207,3 +207,30 @@ def test_thousands_of_candidates_are_scored_in_a_second():
     start = time.perf_counter()
     step_time(every, CONSTANTS)
     assert time.perf_counter() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    ("model", "cluster", "batch"),
+    [
+        ("Llama 3 70B", "v5p:8x8x8", 512),
+        ("Qwen3 30B-A3B", "h100:8x8", 256),
+        ("Llama 3 8B", "2*v6e:16x16", 512),
+    ],
+)
+def test_jobs_are_described_and_planned_from_a_name(model, cluster, batch):
+    from placement.jobs.describe import describe_job
+
+    job = describe_job(model, cluster=cluster, global_batch=batch, seq_len=4096)
+    plan = search.plan_job(job)
+    assert isinstance(plan, search.JobPlan)
+    d = plan.degrees
+    assert d["dp"] * d["tp"] * d["pp"] * d["cp"] == job.n_devices[0]
+    assert plan.step_time_s <= _time(job)
+
+
+def test_unknown_models_are_refused_with_a_list():
+    from graphs.errors import MeshwrightError
+    from placement.jobs.describe import describe_job
+
+    with pytest.raises(MeshwrightError, match="zoo"):
+        describe_job("nothing", cluster="v5e:4x4", global_batch=16, seq_len=128)

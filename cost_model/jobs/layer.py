@@ -191,7 +191,9 @@ def expert_mlp(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
     experts per token over the number of experts.
     """
     how = _how(jobs, rate, constants, low=True)
-    t, d, f = tokens(jobs) / jobs.tp, jobs.d_model, jobs.moe_d_ff
+    # tensor ranks either split the tokens or, with experts split over them, the experts' width
+    split = np.where(jobs.expert_tp > 0, jobs.tp, 1.0)
+    t, d, f = tokens(jobs) * split / jobs.tp, jobs.d_model, jobs.moe_d_ff / split
     experts = np.maximum(jobs.n_experts, 1.0)
     here = np.maximum(experts / jobs.ep, 1.0)
     rows = t * np.maximum(jobs.experts_per_token, 1.0) * jobs.ep / experts

@@ -86,7 +86,8 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
     # one mean layer, collectives
     activation = t * jobs.d_model * 2.0
     redone_pairs = np.minimum(jobs.remat_out + jobs.remat_down * (1 - moe_share), 2.0)
-    pairs = 2.0 * (2.0 - moe_share) + redone_pairs
+    # experts that are not split over the tensor ranks reduce nothing over them
+    pairs = 2.0 * (2.0 - moe_share * (jobs.expert_tp == 0)) + redone_pairs
     hidden = np.where(jobs.tp_overlap > 0, c("tp_exposed"), 1.0)
     tensor = network.reduce_s(activation, groups["tp"], net) * pairs * hidden
     expert = network.exchange_s(activation / jobs.tp, jobs.experts_per_token, groups["ep"], net)

@@ -95,6 +95,44 @@ def plan_lines(plan: Any, title: str, cluster: Any, tokens: int | None) -> Itera
         yield f"  warning: {warning}"
 
 
+def energy_line(used: Any, region: str) -> str:
+    """One step's energy, carbon and list price."""
+    said = f"  energy      {words.quantity(used.energy_j, 'J')} a step"
+    said += f", {words.quantity(used.carbon_g, 'g')} CO2e in {region.replace('_', ' ')}"
+    return said if used.cost_usd is None else f"{said}, {used.cost_usd:.4f} USD at list price"
+
+
+def front_row(point: Any) -> dict[str, Any]:
+    return {
+        "objective": point.objective,
+        "mesh": dict(point.plan.mesh_shape),
+        **point.measures,
+    }
+
+
+def front_table(front: list[Any]) -> Any:
+    """The plans that no other beats in everything."""
+    from rich.table import Table
+
+    table = Table(title="plans that no other beats in everything", title_justify="left")
+    table.add_column("objective", no_wrap=True)
+    for head in ("step time", "memory", "energy", "CO2e", "USD"):
+        table.add_column(head, justify="right")
+    table.add_column("mesh")
+    for point in front:
+        m = point.measures
+        table.add_row(
+            point.objective,
+            words.seconds(m["step_time_s"]),
+            words.memory(m["peak_memory_bytes"]),
+            words.quantity(m["energy_j"], "J"),
+            words.quantity(m["carbon_g"], "g"),
+            words.quantity(m["cost_usd"], ""),
+            mesh_words(dict(point.plan.mesh_shape)),
+        )
+    return table
+
+
 def verification_table(verification: Any) -> Any:
     """What was predicted beside what the compiler says."""
     from rich.table import Table

@@ -17,7 +17,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from placement.experiments import _hydra, _request, _summary
+from placement.experiments import _hydra, _pareto, _request, _summary
 from placement.experiments._step import Step, step_of
 
 
@@ -34,12 +34,30 @@ def main(argv: list[str]) -> int:
     console = _summary.console()
     cluster = _hydra.instantiate(config.cluster)
     step = step_of(config)
-    plan = _optimize(config, step, cluster.notation, config.optimizer.name, throw=True)
+    region = _hydra.instantiate(config.region)
+    front: list[_pareto.Point] = []
+    if config.objective == "pareto":
+        front = _pareto.front(
+            lambda objective: _optimize(config, step, cluster.notation, objective=objective),
+            cluster,
+            region,
+        )
+        plan = front[0].plan
+    else:
+        plan = _optimize(config, step, cluster.notation)
     plan.save(config.out)
     _request.add(config.out, argv)
     for line in _summary.plan_lines(plan, step.title, cluster, step.tokens_per_step):
         console.print(line)
+    used = _pareto.energy_of(plan, cluster, region)
+    if used is not None:
+        console.print(_summary.energy_line(used, region.name))
     console.print(f"wrote {config.out}")
+    if front:
+        console.print(_summary.front_table(front))
+        beside = pathlib.Path(config.out).with_suffix(".pareto.json")
+        _summary.write_json(str(beside), [_summary.front_row(p) for p in front])
+        console.print(f"wrote {beside}")
     verification = None
     if config.verify:
         console.print("compiling with XLA for the cluster …")
@@ -62,20 +80,34 @@ def main(argv: list[str]) -> int:
             baselines=dict(baselines),
             verification=verification,
             tokens_per_step=step.tokens_per_step,
+            pareto=[
+                (point.objective, point.plan.estimate.step_time_s, value, _pareto.UNITS[measure])
+                for point in front
+                for measure, value in point.measures.items()
+                if measure in _pareto.UNITS and value is not None
+            ],
         )
         console.print(f"wrote {config.report}: open it in a browser")
     return 0 if verification is None or verification.fits else 1
 
 
-def _optimize(config: Any, step: Step, cluster: str, optimizer: str, *, throw: bool) -> Any:
+def _optimize(
+    config: Any,
+    step: Step,
+    cluster: str,
+    *,
+    optimizer: str | None = None,
+    objective: str | None = None,
+    throw: bool = True,
+) -> Any:
     import placement
 
     return placement.optimize(
         step.function,
         *step.arguments,
         cluster=cluster,
-        objective=config.objective,
-        optimizer=optimizer,
+        objective=objective or config.objective,
+        optimizer=optimizer or config.optimizer.name,
         mesh_shape=_hydra.plain(config.mesh_shape),
         donate_argnums=step.donate_argnums,
         time_limit_s=config.time_limit_s,
@@ -91,4 +123,8 @@ def _baselines(config: Any, step: Step, cluster: str) -> Iterator[tuple[str, Any
 
     for name in HAND_TUNED:
         if name != config.optimizer.name:
-            yield name, _optimize(config, step, cluster, name, throw=False)
+            objective = "time" if config.objective == "pareto" else config.objective
+            yield (
+                name,
+                _optimize(config, step, cluster, optimizer=name, objective=objective, throw=False),
+            )

@@ -136,7 +136,7 @@ def test_third_party_imports_are_dependencies():
 
 
 CONFIGS = [(group, name) for group, names in _hydra.groups().items() for name in names]
-COMPOSED = {"model": "plan", "train": "plan", "cluster": "plan", "optimizer": "plan"}
+COMPOSED = dict.fromkeys(("model", "train", "cluster", "optimizer", "region"), "plan")
 COMPOSED |= {"suite": "evaluate"}
 """The top-level configuration that takes each group."""
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +38,13 @@ def write_report(
     baselines: Mapping[str, Plan] | None = None,
     verification: Any = None,
     tokens_per_step: float | None = None,
+    pareto: Sequence[tuple[str, float, float, str]] = (),
 ) -> Path:
-    """Writes the plan's page; ``baselines`` are plans of the same step by name."""
+    """Writes the plan's page.
+
+    ``baselines`` are plans of the same step by name; ``pareto`` holds (objective, step_time_s,
+    value, unit) of each plan of a front.
+    """
     write(
         report_data(
             plan,
@@ -47,6 +52,7 @@ def write_report(
             baselines=baselines,
             verification=verification,
             tokens_per_step=tokens_per_step,
+            pareto=pareto,
         ),
         path,
     )
@@ -60,6 +66,7 @@ def report_data(
     baselines: Mapping[str, Plan] | None = None,
     verification: Any = None,
     tokens_per_step: float | None = None,
+    pareto: Sequence[tuple[str, float, float, str]] = (),
 ) -> shown.ReportData:
     """The plan as plain data."""
     cluster = parse_cluster(plan.cluster)
@@ -105,6 +112,10 @@ def report_data(
         costs=tuple(_costs(estimate)),
         baselines=tuple(candidate(name, other) for name, other in (baselines or {}).items()),
         searched=tuple(_searched(plan)),
+        pareto=tuple(
+            shown.ParetoRow(name=name, step_time_s=step_time_s, value=value, unit=unit)
+            for name, step_time_s, value, unit in pareto
+        ),
         checks=tuple(checks(verification)),
         explanation=plan.explain(),
         warnings=plan.warnings,

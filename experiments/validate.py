@@ -104,7 +104,7 @@ def _csv(predictions) -> str:
                 number(p.p90_s),
                 number(p.memory_gb),
                 number(p.run.measured_step_time_s),
-                p.run.reason,
+                p.reason,
             ]
         )
     return text.getvalue()

@@ -18,6 +18,7 @@ import yaml
 from cost_model.jobs.columns import Jobs
 from cost_model.jobs.constants import Constants
 from cost_model.jobs.memory import memory
+from cost_model.jobs.predict import settled
 from cost_model.jobs.runs import Run, jobs_of
 from cost_model.jobs.step import step_time
 
@@ -40,7 +41,7 @@ def fit(rows: tuple[Run, ...], start: Constants) -> Constants:
     from scipy.optimize import least_squares
 
     chosen = fitted_rows(rows)
-    jobs = jobs_of(chosen)
+    jobs, _ = settled(chosen, start)
     measured = np.array([run.measured_step_time_s for run in chosen])
     weights = _weights(chosen)
     free = [entry for entry in start.entries if entry.fitted and entry.name not in MEMORY]

@@ -59,6 +59,45 @@ class Prediction:
     figure itself."""
     capacity_gb: float | None
     kind: str
+    note: str = ""
+    """what was assumed for the prediction beyond the run's own reason."""
+
+    @property
+    def reason(self) -> str:
+        """Why there is no prediction, or what was assumed for it."""
+        if not self.note:
+            return self.run.reason
+        return f"{self.run.reason}, {self.note}" if self.run.reason else f"assumed: {self.note}"
+
+
+_HEAVIER = {
+    "pointwise work": ("pointwise",),
+    "MLPs": ("up", "pointwise"),
+    "everything": ("core", "qkv", "out", "up", "down", "pointwise"),
+}
+"""What is recomputed where a silent row does not fit, least first."""
+
+
+def settled(rows: typing.Sequence[Run], constants: Constants) -> tuple[Jobs, list[str]]:
+    """The jobs of rows with a record, and what they were taken to recompute beyond their default.
+
+    A published run fits. Where its source does not state the recomputation and the software's
+    default is predicted not to fit, as little more is recomputed as makes it fit.
+    """
+    kept = [run for run in rows if run.record is not None]
+    jobs = jobs_of(kept)
+    silent = np.array([not run.remat_stated and not run.out_of_memory for run in kept], bool)
+    assumed = [""] * len(kept)
+    for name, parts in _HEAVIER.items():
+        open_ = silent & ~memory(jobs, constants).fits
+        shares = {f"remat_{p}": np.where(open_, 1.0, getattr(jobs, f"remat_{p}")) for p in parts}
+        if "down" in parts:
+            shares["remat_down"] = np.where(
+                open_ & (jobs.skips_last > 0), 0.0, shares["remat_down"]
+            )
+        jobs = jobs.replace(**shares)
+        assumed = [name if o else old for o, old in zip(open_, assumed)]
+    return jobs, assumed
 
 
 def predict_runs(
@@ -67,8 +106,9 @@ def predict_runs(
     """A prediction for every row, in order."""
     kept = [run for run in rows if run.record is not None]
     if kept:
-        jobs = jobs_of(kept)
-        result = estimate(jobs, constants, bands)
+        chosen = constants or constants_module.load()
+        jobs, heavy = settled(kept, chosen)
+        result = estimate(jobs, chosen, bands)
         kind = bands_module.kinds(jobs)
     found: dict[int, Prediction] = {}
     for index, run in enumerate(kept):
@@ -83,6 +123,7 @@ def predict_runs(
             memory_gb=float(peak) / 2**30,
             capacity_gb=float(result.memory.capacity_bytes[index]) / 2**30,
             kind=kind[index],
+            note=f"recomputes {heavy[index]}, the default would not fit" if heavy[index] else "",
         )
     nothing = {"step_time_s": None, "p10_s": None, "p90_s": None, "memory_gb": None}
     return [

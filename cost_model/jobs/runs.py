@@ -68,6 +68,8 @@ class Run:
     out_of_memory: bool
     exclude: str
     dtype: str
+    remat_stated: bool
+    """True where the source states the recomputation."""
     fitted: bool
     """True where the constants may be fitted on this row (`split`)."""
     full_layout: bool
@@ -171,7 +173,7 @@ def read_row(line: int, raw: dict[str, str]) -> tuple[Run, list[Fault]]:
         if value is not None and (value < 1 or value != int(value)):
             fault(name, f"{value:g} is not a whole number of at least 1")
             numbers[name] = None
-    faults.extend(_product(line, row_id, device, numbers))
+    faults.extend(_impossible(line, row_id, device, numbers))
 
     record, reason, network, full = None, "", None, False
     if faults:
@@ -203,6 +205,8 @@ def read_row(line: int, raw: dict[str, str]) -> tuple[Run, list[Fault]]:
             out_of_memory="OUT OF MEMORY" in raw.get("notes", ""),
             exclude=raw.get("exclude", ""),
             dtype=dtype,
+            remat_stated=bool(raw.get("recompute"))
+            or raw.get("flops_basis") == "hardware_incl_full_recompute",
             fitted=is_fitted(raw.get("source", ""), raw.get("notes", "")),
             full_layout=full,
             analytic="analytic" in raw.get("notes", ""),
@@ -211,27 +215,43 @@ def read_row(line: int, raw: dict[str, str]) -> tuple[Run, list[Fault]]:
     )
 
 
-def _product(line: int, row_id: str, device: str, numbers: dict[str, float | None]) -> list[Fault]:
-    """Degrees that cannot be: their product is not the number of devices."""
-    values = [numbers[name] for name in _DEGREES]
-    dp, tp, pp, cp, devices = (value or 1.0 for value in values)
-    if numbers["dp"] is None or numbers["n_devices"] is None:
-        return []
+def _impossible(
+    line: int, row_id: str, device: str, numbers: dict[str, float | None]
+) -> list[Fault]:
+    """Degrees that cannot be together."""
+    found: list[Fault] = []
+
+    def fault(column: str, problem: str) -> None:
+        found.append(Fault(line=line, row_id=row_id, column=column, problem=problem))
+
+    def one(name: str) -> float:
+        return numbers[name] or 1.0
+
+    dp, tp, pp, cp, devices = (one(name) for name in _DEGREES)
+    ways = dp * tp * pp * cp
     chips = 2.0 if device in ("tpu7x", "tpu7x_ironwood") else 1.0
-    if dp * tp * pp * cp not in (devices, devices * chips):
-        problem = f"dp*tp*pp*cp is {dp * tp * pp * cp:g} on {devices:g} devices; make them equal"
-        return [Fault(line=line, row_id=row_id, column="n_devices", problem=problem)]
-    ep = numbers["ep"] or 1.0
-    if numbers["n_experts"] and numbers["n_experts"] % ep:
-        return [
-            Fault(
-                line=line,
-                row_id=row_id,
-                column="ep",
-                problem=f"{ep:g} does not divide {numbers['n_experts']:g} experts; use a divisor",
-            )
-        ]
-    return []
+    stated = numbers["dp"] is not None and numbers["n_devices"] is not None
+    if stated and ways not in (devices, devices * chips):
+        fault("n_devices", f"dp*tp*pp*cp is {ways:g} on {devices:g} devices; make them equal")
+    if numbers["n_layers"] and pp > numbers["n_layers"]:
+        fault("pp", f"{pp:g} stages for {numbers['n_layers']:g} layers; use at most as many")
+    if numbers["n_heads"] and tp > numbers["n_heads"]:
+        fault("tp", f"{tp:g} ranks for {numbers['n_heads']:g} heads; use at most as many")
+    if numbers["fsdp"] and stated and numbers["fsdp"] > dp * cp:
+        fault("fsdp", f"{numbers['fsdp']:g} is more than dp*cp, {dp * cp:g}; use a divisor of it")
+    if numbers["zero_stage"] is not None and numbers["zero_stage"] not in (0, 1, 2, 3):
+        fault("zero_stage", f"{numbers['zero_stage']:g} is not one of 0, 1, 2, 3")
+    batch, micro = numbers["global_batch_seqs"], numbers["micro_batch_seqs"]
+    if stated and batch and micro and micro * dp > batch * (1 + 1e-9):
+        fault(
+            "micro_batch_seqs",
+            f"{micro:g} on each of {dp:g} ranks is more than the global batch of {batch:g}",
+        )
+    if numbers["n_experts"] and numbers["n_experts"] % one("ep"):
+        fault(
+            "ep", f"{one('ep'):g} does not divide {numbers['n_experts']:g} experts; use a divisor"
+        )
+    return found
 
 
 def _record(

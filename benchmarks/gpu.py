@@ -29,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt3_175b_512": dict(model="gpt3_175b", cluster="h100:8x64", batch=1024, seq=2048),
     "llama3_405b_1024": dict(model="llama3_405b", cluster="h100:8x128", batch=1024, seq=8192),
 }
-BYTES_THAT_MATTER = 0.01
+BYTES_THAT_MATTER = 0.02
 """Kinds below this share of all collective bytes are listed but not judged."""
 
 

@@ -57,6 +57,8 @@ class Compiled:
     """The partitioner's warnings that it replicates a tensor to change its sharding."""
     seconds: float
     """Spent in the compiler when it was compiled, cached or not."""
+    cpu_seconds: float
+    """Processor time of the same, which other load on the machine does not lengthen; 0: unknown."""
     cached: bool
     text_path: str
     """Gzip-compressed scheduled HLO, empty if there is none."""
@@ -195,6 +197,7 @@ def compiled_of_entry(
         **{name: int(entry.get(name, 0)) for name in numbers},
         full_rematerializations=tuple(entry.get("full_rematerializations", ())),
         seconds=float(entry["seconds"]),
+        cpu_seconds=float(entry.get("cpu_seconds", 0.0)),
         cached=cached,
         text_path=str(text_path) if entry["status"] == "ok" else "",
         versions=versions,

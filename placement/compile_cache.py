@@ -8,6 +8,7 @@ processes that compile the same program write the same bytes.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import fcntl
 import gzip
 import hashlib
@@ -20,6 +21,8 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from graphs.errors import MeshwrightError
+
+_HELD: contextvars.ContextVar[IO[bytes] | None] = contextvars.ContextVar("libtpu", default=None)
 
 LAYOUT_VERSION = 1
 """Of the cached entries; a change of what they hold changes every key."""
@@ -93,8 +96,13 @@ def libtpu_lock(timeout_s: float = 3600.0) -> Iterator[IO[bytes]]:
     """Hold the right to use libtpu: two processes that load it at once collide.
 
     The file that is yielded can be handed to a child (``pass_fds``); the lock then lives as long as
-    the child does, even if this process is killed.
+    the child does, even if this process is killed. Inside of a held lock the same one is given, so
+    a caller with several compiles can hold it over all of them.
     """
+    held = _HELD.get()
+    if held is not None:
+        yield held
+        return
     path = cache_dir() / "libtpu.lock"
     wait = _Wait(open(path, "ab"))
     thread = threading.Thread(target=wait.run, daemon=True)
@@ -105,8 +113,12 @@ def libtpu_lock(timeout_s: float = 3600.0) -> Iterator[IO[bytes]]:
             f"other processes have used libtpu for over {timeout_s:.0f} s "
             f"(lock {path}); wait for them or end them"
         )
-    with wait.file:  # closing the last descriptor unlocks, also a child's
-        yield wait.file
+    token = _HELD.set(wait.file)
+    try:
+        with wait.file:  # closing the last descriptor unlocks, also a child's
+            yield wait.file
+    finally:
+        _HELD.reset(token)
 
 
 class _Wait:

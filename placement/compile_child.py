@@ -34,6 +34,7 @@ def main(folder: str) -> int:
         message = f"{type(error).__name__}: {error}"
         result = {"status": _status_of(message), "message": _sentence(message)}
     result["seconds"] = time.monotonic() - started
+    result["cpu_seconds"] = time.process_time()
     temporary = place / "result.json.part"
     temporary.write_text(json.dumps(result), encoding="utf-8")
     os.replace(temporary, place / "result.json")

@@ -16,6 +16,7 @@ run goes on where it was; compiles are cached besides. ``redo=[plan]`` plans tho
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import importlib.metadata
@@ -25,10 +26,11 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from graphs.errors import MeshwrightError
+from placement import compile_cache
 from placement.compile_cache import write_atomically
 
 PLAN, PEER = "plan", "autosharding"
@@ -65,6 +67,8 @@ class Row:
     planning_time_s: float | None
     """Tracing included; for the peer its whole compile, which is when it plans."""
     compile_time_s: float | None
+    compile_cpu_time_s: float | None
+    """Processor time of the compile: what it takes on a machine that does nothing else."""
     kernels: int
     unknown_kernels: int
     full_rematerializations: int
@@ -138,21 +142,32 @@ def evaluate(
     folder = pathlib.Path(out)
     (folder / "rows").mkdir(parents=True, exist_ok=True)
     for name in wanted:
-        for which in names:
-            place = folder / "rows" / f"{name}.{which}.json"
-            if place.exists() and which not in redo:
-                continue
-            row = _run(
-                name,
-                every[name],
-                which,
-                optimizer=optimizer,
-                time_limit_s=time_limit_s,
-                timeout_s=timeout_s,
-                pinned=baseline_constraints == "all",
+        missing = {
+            which: folder / "rows" / f"{name}.{which}.json"
+            for which in names
+            if which in redo or not (folder / "rows" / f"{name}.{which}.json").exists()
+        }
+        # Plans are made first, so that the compiler is not kept from others while planning.
+        ready = [
+            (
+                place,
+                _prepare(
+                    name,
+                    every[name],
+                    which,
+                    optimizer=optimizer,
+                    time_limit_s=time_limit_s,
+                    timeout_s=timeout_s,
+                    pinned=baseline_constraints == "all",
+                ),
             )
-            write_atomically(place, json.dumps(dataclasses.asdict(row), indent=1).encode())
-            print(_line(row), flush=True)
+            for which, place in missing.items()
+        ]
+        with compile_cache.libtpu_lock() if ready else contextlib.nullcontext():
+            for place, compile_it in ready:
+                row = compile_it()
+                write_atomically(place, json.dumps(dataclasses.asdict(row), indent=1).encode())
+                print(_line(row), flush=True)
     rows = load_rows(folder, every)
     summary = summarize(rows)
     for target in (folder, *((pathlib.Path(results),) if results else ())):
@@ -196,6 +211,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
             "against_peer": _ratio(plan, peer),
             "planning_time_s": plan.planning_time_s if plan else None,
             "peer_planning_time_s": peer.planning_time_s if peer else None,
+            "peer_planning_cpu_time_s": peer.compile_cpu_time_s if peer else None,
         }
     return {
         "cases": cases,
@@ -207,7 +223,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _run(
+def _prepare(
     name: str,
     case: Mapping[str, Any],
     which: str,
@@ -216,51 +232,71 @@ def _run(
     time_limit_s: float,
     timeout_s: float,
     pinned: bool,
-) -> Row:
+) -> Callable[[], Row]:
+    """Plan; what is returned compiles and makes the row."""
     from graphs.zoo import ModelConfig, build_train_step
 
-    step, args, donated = build_train_step(ModelConfig(name=name, **case["model"]), **case["step"])
+    program = build_train_step(ModelConfig(name=name, **case["model"]), **case["step"])
     try:
         if which == PEER:
-            return _run_peer(name, case, step, args, donated, timeout_s)
-        return _run_plan(
-            name,
-            case,
-            which,
-            (step, args, donated),
-            optimizer=optimizer if which == PLAN else which,
-            time_limit_s=time_limit_s,
-            timeout_s=timeout_s,
-            pinned=pinned or which == PLAN,
+            return lambda: _guarded(
+                name, case, which, lambda: _peer(name, case, program, timeout_s)
+            )
+        plan, planning = _plan(
+            case["cluster"], program, optimizer if which == PLAN else which, time_limit_s
         )
+    except MeshwrightError as error:
+        row = _row(name, case, which, status="error", message=str(error))
+        return lambda: row
+    if not pinned and which != PLAN:
+        plan = dataclasses.replace(plan, operands={})
+    return lambda: _guarded(
+        name, case, which, lambda: _compile(name, case, which, program, plan, planning, timeout_s)
+    )
+
+
+def _guarded(name: str, case: Mapping[str, Any], which: str, make: Callable[[], Row]) -> Row:
+    try:
+        return make()
     except MeshwrightError as error:
         return _row(name, case, which, status="error", message=str(error))
 
 
-def _run_plan(name, case, which, program, *, optimizer, time_limit_s, timeout_s, pinned) -> Row:
+def _plan(
+    cluster: str, program: Any, optimizer: str | None, time_limit_s: float
+) -> tuple[Any, float]:
     import placement
-    from placement.verify import compile_plan
 
     step, args, donated = program
+    chosen: dict[str, Any] = {} if optimizer is None else {"optimizer": optimizer}
     began = time.monotonic()
-    chosen = {} if optimizer is None else {"optimizer": optimizer}
     plan = placement.optimize(
         step,
         *args,
-        cluster=case["cluster"],
+        cluster=cluster,
         donate_argnums=donated,
         time_limit_s=time_limit_s,
         throw=False,
         **chosen,
     )
-    planning = time.monotonic() - began
-    predicted = plan.estimate
-    if not pinned:
-        plan = dataclasses.replace(plan, operands={})
+    return plan, time.monotonic() - began
+
+
+def _compile(
+    name: str,
+    case: Mapping[str, Any],
+    which: str,
+    program: Any,
+    plan: Any,
+    planning_time_s: float,
+    timeout_s: float,
+) -> Row:
+    from placement.verify import compile_plan
+
+    step, args, _ = program
     compiled, scheduled = compile_plan(plan, step, *args, timeout_s=timeout_s)
-    capacity = plan.layout().cluster.device.hbm_capacity_bytes
     status = compiled.status
-    if status == "ok" and compiled.peak_bytes > capacity:
+    if status == "ok" and compiled.peak_bytes > plan.layout().cluster.device.hbm_capacity_bytes:
         status = "out_of_memory"
     return _row(
         name,
@@ -271,18 +307,19 @@ def _run_plan(name, case, which, program, *, optimizer, time_limit_s, timeout_s,
         mesh_shape=plan.mesh_shape,
         compiled=compiled,
         scheduled=scheduled,
-        predicted_step_time_s=float(predicted.step_time_s),
-        predicted_peak_memory_bytes=float(predicted.peak_memory_bytes),
-        planning_time_s=planning,
+        predicted_step_time_s=float(plan.estimate.step_time_s),
+        predicted_peak_memory_bytes=float(plan.estimate.peak_memory_bytes),
+        planning_time_s=planning_time_s,
     )
 
 
-def _run_peer(name, case, step, args, donated, timeout_s) -> Row:
+def _peer(name: str, case: Mapping[str, Any], program: Any, timeout_s: float) -> Row:
     from cost_model.cluster import parse_cluster
     from placement.network import chip_of, layout_timer
     from placement.peers.autosharding import compile_automatically
     from placement.schedule import schedule
 
+    step, args, donated = program
     compiled, layout = compile_automatically(
         step,
         args,
@@ -334,6 +371,7 @@ def _row(
         predicted_peak_memory_bytes=measured.get("predicted_peak_memory_bytes"),
         planning_time_s=measured.get("planning_time_s"),
         compile_time_s=compiled.seconds if compiled else None,
+        compile_cpu_time_s=compiled.cpu_seconds if compiled else None,
         kernels=scheduled.kernels if scheduled else 0,
         unknown_kernels=scheduled.unknown_kernels if scheduled else 0,
         full_rematerializations=len(compiled.full_rematerializations) if compiled else 0,
@@ -386,7 +424,16 @@ def _print_table(summary: Mapping[str, Any]) -> None:
     table = Table(title="step time by the compiler's schedule", title_justify="left")
     table.add_column("case")
     table.add_column("cluster")
-    heads = ("plan ms", "best rule ms", "ratio", "auto-sharding ms", "ratio", "planned s", "its s")
+    heads = (
+        "plan ms",
+        "best rule ms",
+        "ratio",
+        "auto-sharding ms",
+        "ratio",
+        "planned s",
+        "its s",
+        "its cpu s",
+    )
     for head in heads:
         table.add_column(head, justify="right")
 
@@ -405,6 +452,7 @@ def _print_table(summary: Mapping[str, Any]) -> None:
             number(case["against_peer"], digits=3),
             number(case["planning_time_s"], digits=1),
             number(case["peer_planning_time_s"], digits=0),
+            number(case["peer_planning_cpu_time_s"], digits=0),
         )
     console = Console(width=140)
     console.print(table)

@@ -1,5 +1,6 @@
 """The cache of compiles and the lock on libtpu."""
 
+import contextvars
 import subprocess
 import sys
 
@@ -57,13 +58,25 @@ def test_no_half_written_file_is_left_where_writing_fails(tmp_path):
     assert list(tmp_path.glob("**/.*")) == []
 
 
+def elsewhere(timeout_s):
+    """Take the lock as another part of the program would, without what is held here."""
+
+    def take():
+        with compile_cache.libtpu_lock(timeout_s=timeout_s):
+            pass
+
+    contextvars.Context().run(take)
+
+
 def test_the_lock_excludes_and_is_free_again():
-    with compile_cache.libtpu_lock():
+    with compile_cache.libtpu_lock() as lock:
         with pytest.raises(MeshwrightError, match=r"libtpu.*wait for them"):
-            with compile_cache.libtpu_lock(timeout_s=0.2):
-                pass
-    with compile_cache.libtpu_lock(timeout_s=5.0):
-        pass
+            elsewhere(0.2)
+        with compile_cache.libtpu_lock(timeout_s=0.0) as same:
+            assert same is lock
+        with pytest.raises(MeshwrightError):
+            elsewhere(0.2)
+    elsewhere(5.0)
 
 
 def test_a_child_keeps_the_lock_alive():
@@ -74,8 +87,6 @@ def test_a_child_keeps_the_lock_alive():
             pass_fds=(lock.fileno(),),
         )
     with pytest.raises(MeshwrightError):
-        with compile_cache.libtpu_lock(timeout_s=0.2):
-            pass
+        elsewhere(0.2)
     child.communicate(b"")
-    with compile_cache.libtpu_lock(timeout_s=5.0):
-        pass
+    elsewhere(5.0)

@@ -31,6 +31,7 @@ def main(folder):
         memory = "RESOURCE_EXHAUSTED" in message or "Ran out of memory" in message
         result = {"status": "out_of_memory" if memory else "failed", "message": message}
     result["seconds"] = time.monotonic() - started
+    result["cpu_seconds"] = time.process_time()
     temporary = place / "result.json.part"
     temporary.write_text(json.dumps(result))
     os.replace(temporary, place / "result.json")

@@ -198,6 +198,9 @@ def expert_mlp(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
     here = np.maximum(experts / jobs.ep, 1.0)
     rows = t * np.maximum(jobs.experts_per_token, 1.0) * jobs.ep / experts
     share = constants.of("expert_share", jobs.device.family) * rows / (rows + _EXPERT_TILE)
+    # the tiles of a narrow expert are few: the kernel moves on before it is in its stride
+    wide = np.maximum(f, 1.0)
+    share = share * wide / (wide + constants.of("expert_half_width", jobs.device.family))
     gain = np.where(jobs.fused_experts > 0, constants.of("expert_gain", jobs.device.family), 1.0)
     share = share * gain
     grouped = {**how, "flops_per_s": rate.grouped * share}

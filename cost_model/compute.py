@@ -21,7 +21,9 @@ moves, gathers, ...) ``start + (memory^p + vector^p)^(1/p) + per_piece pieces``:
 ``register_cycles`` per register of the widest operand (``narrow_cycles`` more with 16-bit types),
 plus ``compute_factor`` times the peak cycles of multiply-adds inside (attention, ragged dots). What
 passes between the kernels of one operator (scores of attention) goes through device memory, written
-and read, only where it exceeds ``resident_bytes``.
+and read, only where it exceeds ``resident_bytes``. Of loops known only by bytes, instructions and
+elements (``elementwise_time_s``), a register costs ``pass_cycles`` in every pass, however narrow
+its type, and ``vector_factor`` times its instructions at the vector unit's peak.
 
 Constants, and for matrix multiplications the residuals at the profiled shapes (averaged over near
 shapes), come from ``cost_model/calibration/DEVICE.json``, fitted to the cycles that XLA's TPU
@@ -62,6 +64,8 @@ MATMUL_DEFAULTS: dict[str, float] = {
 
 VECTOR_DEFAULTS: dict[str, float] = {
     "memory_factor": 1.2,
+    "vector_factor": 2.0,
+    "pass_cycles": 0.0,
     "sharpness": 8.0,
 }
 """Constants of vector operators on a device without a profile."""
@@ -262,15 +266,31 @@ def memory_bound_time_s(device: Device, n_bytes: ArrayLike) -> np.ndarray:
     return elementwise_time_s(device, n_bytes, 0.0)
 
 
-def elementwise_time_s(device: Device, n_bytes: ArrayLike, vector_flops: ArrayLike) -> np.ndarray:
-    """Seconds of a fused element-wise kernel: the longer of its bytes and its vector flops."""
+def elementwise_time_s(
+    device: Device, n_bytes: ArrayLike, vector_flops: ArrayLike, pass_elements: ArrayLike = 0.0
+) -> np.ndarray:
+    """Seconds of fused element-wise kernels: the longer of their bytes and their vector work.
+
+    ``pass_elements`` are the elements that pass through the vector unit, whatever their width: the
+    widest operand of each kernel, and once more for every reduction whose result is used again (a
+    softmax passes three times, a root-mean-square norm twice).
+    """
     n_bytes, work = np.asarray(n_bytes, dtype=np.float64), np.asarray(vector_flops, np.float64)
+    passes = np.asarray(pass_elements, dtype=np.float64)
     c = load_calibration(device.name).constants["vector"]
-    # counted as registers at the vector unit's peak, so that the fitted factor says how far from it
-    registers = work / (device.vector_flops_per_s / device.core_clock_hz)
-    counted = Work(n_bytes=n_bytes, registers=registers)
-    cycles = class_cycles(device, {"register_cycles": 4.0, **c}, counted)
-    return np.where(n_bytes + work > 0, cycles / device.core_clock_hz, 0.0)
+    cycles = loop_cycles(device, c, n_bytes, work, passes)
+    return np.where(n_bytes + work + passes > 0, cycles / device.core_clock_hz, 0.0)
+
+
+def loop_cycles(
+    device: Device, c: Mapping[str, float], n_bytes: Any, vector_flops: Any, pass_elements: Any
+) -> np.ndarray:
+    """start + softmax(memory, pass_cycles per register + vector_factor at the vector peak)."""
+    hz = device.core_clock_hz
+    memory = c["memory_factor"] * n_bytes / (device.hbm_bandwidth_bytes_per_s / hz)
+    vector = c["vector_factor"] * vector_flops / (device.vector_flops_per_s / hz)
+    vector = vector + c["pass_cycles"] * pass_elements / 1024
+    return _start(device, c) + _soft_max(c["sharpness"], memory, vector)
 
 
 def attention_time_s(

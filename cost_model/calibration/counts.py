@@ -30,8 +30,26 @@ _INSTRUCTIONS = {
     "adamw": 28,
     "lion": 10,
     "sgd": 2,
+    "sum_row": 1,
+    "sum_column": 1,
+    "square_sum": 2,
+    "rms_norm": 5,
+    "layer_norm": 7,
+    "softmax": 16,
+    "log_softmax": 10,
+    "cross_entropy": 9,
+    "rms_norm_grad": 12,
 }
 """Vector instructions of an element, six for a transcendental, as the tables count them."""
+_PASSES = {
+    "rms_norm": 2,
+    "layer_norm": 3,
+    "softmax": 3,
+    "log_softmax": 3,
+    "cross_entropy": 2,
+    "rms_norm_grad": 3,
+}
+"""Passes over the operand: one, and one more for each reduction whose result is used again."""
 _STATES = {"adamw": 3, "lion": 2, "sgd": 1}
 
 
@@ -44,6 +62,12 @@ def vector_instructions(c: Case) -> float:
     """Vector instructions of an element-wise or optimizer case, on whole registers."""
     d = dict(c.dims)
     return 1024 * _registers(d["r"], d["c"]) * _INSTRUCTIONS[c.variant]
+
+
+def pass_elements(c: Case) -> float:
+    """Elements of whole registers that pass through the vector unit."""
+    d = dict(c.dims)
+    return 1024 * _registers(d["r"], d["c"]) * _PASSES.get(c.variant, 1)
 
 
 def _registers(*shape: int) -> float:

@@ -15,7 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from cost_model.calibration.counts import VECTOR_KINDS, counts, vector_instructions
+from cost_model.calibration.counts import (
+    VECTOR_KINDS,
+    counts,
+    pass_elements,
+    vector_instructions,
+)
 from cost_model.calibration.programs import Case, parse_case
 from cost_model.compute import (
     Calibration,
@@ -23,6 +28,7 @@ from cost_model.compute import (
     class_cycles,
     item_bytes,
     kernel_cycles,
+    loop_cycles,
     matmul_cycles,
     matmul_features,
     nearby_residuals,
@@ -55,8 +61,8 @@ _LEAST_CYCLES = 1000
 """No kernel starts in less; a smaller sum means that one has no estimate."""
 _TRUST = 0.03
 """Relative error that a constant of a variant may cost before it leaves that of its kind."""
-_BARE = ("add", "exp")
-"""Programs of one instruction: not a fusion, so the compiler does not tune their windows."""
+_BARE = ("add", "exp", "max_row", "cumsum", "argmax_row")
+"""Programs that are no fused loop: single instructions, whose windows are not tuned, and scans."""
 _RESIDENT_BYTES = [0.0, *(2.0**20 * x for x in (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 110, 120))]
 """On-chip sizes tried; the fit takes the one with the least error."""
 
@@ -132,7 +138,7 @@ def fit_rows(device: Device, rows: Sequence[Row], versions: dict[str, str]) -> d
         content["constants"]["matmul"] = constants
         _add_neighbours(content, "matmul", points, residuals)
     resident = content["constants"].get("matmul", {}).get("resident_bytes", 0.0)
-    loops = [r for r in rows if r.case.kind in ("elementwise", "optimizer")]
+    loops = [r for r in rows if r.case.kind in ("elementwise", "optimizer", "reduce")]
     fused = [r for r in loops if r.case.variant not in _BARE]
     if len(fused) >= 8:
         content["constants"]["vector"] = _fit_any_loop(device, fused)
@@ -249,21 +255,22 @@ def _fit_vector(
 
 
 def _fit_any_loop(device: Device, rows: list[Row]) -> dict[str, float]:
-    """Constants of element-wise kernels of which only bytes and instructions are known."""
+    """Constants of loops of which only bytes, instructions and passing elements are known."""
     cases = [r.case for r in rows]
-    rate = device.vector_flops_per_s / device.core_clock_hz
-    work = Work(
-        n_bytes=np.array([w.n_bytes for w in counts(cases)]),
-        registers=np.array([vector_instructions(c) for c in cases]) / rate,
-    )
+    n_bytes = np.array([w.n_bytes for w in counts(cases)])
+    instructions = np.array([vector_instructions(c) for c in cases])
+    elements = np.array([pass_elements(c) for c in cases])
     bounds = {
         "start": (2000.0, 50.0, 60000.0),
         "memory_factor": (1.3, 0.5, 10.0),
-        "register_cycles": (3.0, 0.1, 100.0),
+        "vector_factor": (2.0, 0.1, 100.0),
+        "pass_cycles": (5.0, 0.01, 100.0),
         "sharpness": (4.0, 3.0, 12.0),
     }
     measured = np.array([r.cycles for r in rows])
-    return _least_squares(lambda c: class_cycles(device, c, work), bounds, measured)[0]
+    return _least_squares(
+        lambda c: loop_cycles(device, c, n_bytes, instructions, elements), bounds, measured
+    )[0]
 
 
 def _least_squares(

@@ -180,9 +180,11 @@ class _Walk:
             self.instruction(computation, instruction, depth)
 
     def instruction(self, scope: Computation, i: Instruction, depth: int) -> None:
-        if i.opcode in _FREE_OPCODES and not i.opcode.endswith("-done"):
+        if i.opcode == "async-update":
+            self.hand_over(i)
+        elif i.opcode in _FREE_OPCODES and not i.opcode.endswith("-done"):
             return
-        if i.opcode == "while":
+        elif i.opcode == "while":
             self.loop(scope, i, depth)
         elif i.opcode == "conditional":
             self.conditional(i, depth)
@@ -251,6 +253,14 @@ class _Walk:
         end = self.in_flight.pop(key, None)
         if end is not None:
             self.wait(end, network=key in self.network_names)
+
+    def hand_over(self, i: Instruction) -> None:
+        """What its operand started goes on under the name that the done will ask for."""
+        key = i.operands[0] if i.operands else ""
+        if key in self.in_flight:
+            self.in_flight[i.name] = self.in_flight.pop(key)
+        if key in self.network_names:
+            self.network_names.add(i.name)
 
     def wait(self, end: float, *, network: bool) -> None:
         waited = max(0.0, end - self.now)

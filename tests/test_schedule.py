@@ -72,6 +72,13 @@ def test_asynchronous_collective_hides_behind_what_runs_between(between_us, expo
     assert step.step_time_s == pytest.approx((10 + between_us + exposed_us) * US)
 
 
+def test_an_update_hands_what_is_in_flight_to_its_done():
+    update = "  %u = (f32[256]{0}, f32[256]{0}) async-update(%s)"
+    done = "  %d = f32[256]{0} async-done(%u)"
+    step = run(entry(kernel("a", 10_000), START, update, done, kernel("b", 50_000)))
+    assert step.exposed_comm_time_s == pytest.approx(100 * US)
+
+
 def test_one_lane_is_taken_in_turn_and_two_lanes_at_once():
     second = START.replace("%s =", "%s2 =")
     lines = (kernel("a", 0), START, second, DONE, DONE.replace("%d", "%d2").replace("%s", "%s2"))

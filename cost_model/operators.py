@@ -12,7 +12,8 @@ import math
 
 import numpy as np
 
-from cost_model.compute import elementwise_time_s, matmul_time_s, memory_bound_time_s
+from cost_model.compute import matmul_time_s, memory_bound_time_s
+from cost_model.device import Device
 from cost_model.pricing import Pricing
 from graphs.choices import Choices
 from graphs.graph import Graph
@@ -29,6 +30,11 @@ _VIEWS = frozenset(
     "reshape transpose squeeze expand_dims broadcast_in_dim slice split scan_slice scan_stack "
     "carry_in carry_out merge copy stop_gradient concatenate pad literal iota".split()
 )
+CONTRACTIONS = ("dot_general", "ragged_dot", "ragged_dot_general")
+_SUSTAINED_MEMORY = 0.85
+_WINDOWED_OVERHEAD = 1.1
+"""Slices, copies and sums of a windowed loop, in times of its contraction (compiled v5e:4x4 steps
+of a dense model that is in no suite: 22 against 11 ms)."""
 _GATHER_EFFICIENCY = 0.5
 _CONV_EFFICIENCY = 0.5
 
@@ -50,12 +56,12 @@ def materialised(grouping: Grouping) -> set[int]:
     """Tensors that live in memory: read by another group or region, or results of the program."""
     graph = grouping.graph
     found = {t for t in graph.outputs if t >= 0} | set(graph.inputs)
-    for g, item in enumerate(grouping.groups):
+    for item in grouping.groups:
         for view in item.views:
             found.add(view.tensor)
         if item.kind == HEAVY:
             found |= set(item.tensors)
-    for i, op in enumerate(graph.ops):
+    for op in graph.ops:
         if op.primitive in ("scan_stack", "carry_out", "carry_in"):
             found |= set(op.outputs)
             continue
@@ -77,42 +83,83 @@ def compute_events(
     return _light(grouping, item, choices, pricing, stored)
 
 
+def _local_contraction(
+    grouping: Grouping, item: Group, choices: Choices, pricing: Pricing
+) -> tuple[int, dict[str, np.ndarray], dict[str, set[int]]]:
+    """(op, local batch / m / k / n of each choice, classes of each) of a contraction group."""
+    index = next(o for o in item.ops if not grouping.rules[o].light)
+    op, rule = grouping.graph.ops[index], grouping.rules[index]
+    sizes = np.array(pricing.axis_sizes, np.float64)
+    left, right = (set(f for f in rule.operands[i] if f != WHOLE) for i in (0, 1))
+    out = set(f for f in rule.results[0] if f != WHOLE)
+    roles = {
+        "b": left & right & out,
+        "k": (left & right) - out,
+        "m": (left & out) - right,
+        "n": (right & out) - left,
+    }
+    full = {name: math.prod(rule.sizes[f] for f in fs) for name, fs in roles.items()}
+    if op.primitive != "dot_general":  # ragged rows are whole: their groups are data
+        full["m"] = max(1.0, rule.flops / (2.0 * full["b"] * full["k"] * full["n"]))
+    classes = {
+        name: {item.factors[f] for f in fs if item.factors[f] != WHOLE}
+        for name, fs in roles.items()
+    }
+    local = {}
+    for name, found in classes.items():
+        on = np.isin(choices.place, list(found))
+        local[name] = full[name] / np.where(on, sizes, 1.0).prod(-1)
+    return index, local, classes
+
+
+def contracts(grouping: Grouping, g: int) -> bool:
+    """Whether group g is a contraction."""
+    item = grouping.groups[g]
+    return item.kind == HEAVY and any(
+        grouping.graph.ops[o].primitive in CONTRACTIONS for o in item.ops
+    )
+
+
+def windowed_s(grouping: Grouping, g: int, choices: Choices, pricing: Pricing) -> np.ndarray:
+    """Extra computation where XLA:TPU turns a contraction and its reduce-scatter into one loop.
+
+    The loop multiplies one block of the scattered dimension per device and passes partial sums on,
+    so the matrix unit sees blocks 1 / ways as wide (read from compiled schedules: the
+    ``windowed_dot_general`` loops of weight gradients).
+    """
+    item = grouping.groups[g]
+    _, local, classes = _local_contraction(grouping, item, choices, pricing)
+    sizes = np.array(pricing.axis_sizes, np.float64)
+    dtype = grouping.graph.tensors[next(iter(item.tensors))].dtype
+    ways = np.where(choices.scatter >= 0, sizes, 1.0).prod(-1)
+    block = dict(local)
+    for name in ("m", "n"):
+        on = np.isin(choices.scatter, list(classes[name])) & (choices.scatter >= 0)
+        block[name] = local[name] / np.where(on, sizes, 1.0).prod(-1)
+
+    def seconds(x):
+        return matmul_time_s(pricing.device, x["b"], x["m"], x["k"], x["n"], dtype)
+
+    narrow = np.maximum(0.0, ways * seconds(block) - seconds(local))
+    return np.where(ways > 1, narrow + _WINDOWED_OVERHEAD * seconds(local), 0.0)
+
+
 def _heavy(grouping: Grouping, item: Group, choices: Choices, pricing: Pricing) -> ComputeEvent:
     graph = grouping.graph
     index = next(o for o in item.ops if not grouping.rules[o].light)
     op, rule = graph.ops[index], grouping.rules[index]
     device = pricing.device
     shapes = [graph.tensors[t].shape if t >= 0 else () for t in op.inputs]
-    sizes = np.array(pricing.axis_sizes, np.float64)
-
-    def split(factors) -> np.ndarray:
-        classes = [item.factors[f] for f in factors if item.factors[f] != WHOLE]
-        on = np.isin(choices.place, classes)
-        return np.where(on, sizes, 1.0).prod(-1)
-
-    if op.primitive in ("dot_general", "ragged_dot", "ragged_dot_general"):
-        left, right = (set(f for f in rule.operands[i] if f != WHOLE) for i in (0, 1))
-        out = set(f for f in rule.results[0] if f != WHOLE)
-        batch, inner = left & right & out, (left & right) - out
-        rows, columns = (left & out) - right, (right & out) - left
-        n = {
-            name: math.prod(rule.sizes[f] for f in fs)
-            for name, fs in zip("bkmn", (batch, inner, rows, columns))
-        }
-        if op.primitive != "dot_general":  # rows are whole: groups are data
-            n["m"] = max(1.0, rule.flops / (2.0 * n["b"] * n["k"] * n["n"]))
-        seconds = matmul_time_s(
-            device,
-            n["b"] / split(batch),
-            n["m"] / split(rows),
-            n["k"] / split(inner),
-            n["n"] / split(columns),
-            graph.tensors[op.inputs[0]].dtype,
-        )
+    if op.primitive in CONTRACTIONS:
+        _, x, _ = _local_contraction(grouping, item, choices, pricing)
+        dtype = graph.tensors[op.inputs[0]].dtype
+        seconds = matmul_time_s(device, x["b"], x["m"], x["k"], x["n"], dtype)
         return ComputeEvent(op=index, region=op.region, seconds=seconds, kind="matmul")
+    sizes = np.array(pricing.axis_sizes, np.float64)
     if op.primitive == "conv_general_dilated":
         peak = device.peak(graph.tensors[op.inputs[0]].dtype) * _CONV_EFFICIENCY
-        shards = split(range(len(rule.sizes)))
+        classes = [c for c in item.factors if c != WHOLE]
+        shards = np.where(np.isin(choices.place, classes), sizes, 1.0).prod(-1)
         return ComputeEvent(
             op=index, region=op.region, seconds=rule.flops / shards / peak, kind="matmul"
         )
@@ -173,17 +220,27 @@ def _light(
                 add(moved, op.region, local(t, item.tensors[t]) * tensor.itemsize)
             if op.primitive not in _VIEWS:
                 cost = _TRANSCENDENTAL_COST if op.primitive in TRANSCENDENTAL else 1.0
-                add(work, op.region, cost * local(t, item.tensors[t]))
+                elements = local(t, item.tensors[t])
+                add(work, op.region, cost * elements)
     events = []
     for region in sorted(set(moved) | set(work)):
         n_bytes = moved.get(region, 0.0)
         flops = work.get(region, 0.0)
-        seconds = elementwise_time_s(pricing.device, n_bytes, flops) + np.zeros(len(choices))
+        # in whole programs XLA fuses these loops into their neighbours: bytes and instructions at
+        # their peaks come closer to compiled steps than the fit of kernels compiled alone
+        vector = flops / pricing.device.vector_flops_per_s
+        seconds = np.maximum(fused_bytes_s(pricing.device, n_bytes), vector)
+        seconds = seconds + np.zeros(len(choices))
         position = last.get(region)
         if position is None:
             position = min(o for v in item.views if v.region == region for o in v.ops)
         events.append(ComputeEvent(op=position, region=region, seconds=seconds, kind="vector"))
     return events
+
+
+def fused_bytes_s(device: Device, n_bytes) -> np.ndarray:
+    """Seconds to move bytes inside fused loops, at the sustained share of memory bandwidth."""
+    return np.asarray(n_bytes) / (device.hbm_bandwidth_bytes_per_s * _SUSTAINED_MEMORY)
 
 
 def combine_events(

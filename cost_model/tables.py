@@ -16,7 +16,13 @@ import numpy as np
 
 from cost_model.layout import MeshLayout
 from cost_model.live import readers_of, usage_entries
-from cost_model.operators import combine_events, compute_events, materialised
+from cost_model.operators import (
+    combine_events,
+    compute_events,
+    contracts,
+    materialised,
+    windowed_s,
+)
 from cost_model.pricing import Pricing, reshard
 from cost_model.problem import Problem
 from graphs.choices import Choices, choices_of
@@ -200,6 +206,11 @@ def _own_events(grouping, g, n, menu, pricing, stored, hides) -> list[Event]:
         )
         for e in compute_events(grouping, g, menu, pricing, stored)
     ]  # fmt: skip
+    if hides and pricing.device.family == "tpu" and contracts(grouping, g):
+        first = events[0]
+        extra = windowed_s(grouping, g, menu, pricing)
+        if extra.any():
+            events.append(dataclasses.replace(first, seconds=extra, label="windowed"))
     for op, region, seconds, n_bytes in combine_events(grouping, g, menu, pricing):
         events.append(
             Event(

@@ -81,13 +81,13 @@ def name_classes(grouping: Grouping) -> Names:
     names: dict[int, str] = {}
     if batch_votes:
         names[batch_votes.most_common(1)[0][0]] = BATCH
-    for r, _ in sequence_votes.most_common():
-        if r not in names:
-            names[r] = SEQUENCE
-            break
     for r, _ in weights.most_common():
         if r not in names:
             names[r] = HIDDEN
+            break
+    for r, _ in sequence_votes.most_common():
+        if r not in names:
+            names[r] = SEQUENCE
             break
     for r in inside:
         names.setdefault(r, PARALLEL)

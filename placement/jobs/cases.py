@@ -170,7 +170,9 @@ def _as_run(row: dict[str, str]) -> tuple[dict[str, str], str]:
 
 
 def _remat_class(text: str) -> str:
-    if re.match(r"none|not stated|recipe default|see |cpu activation offload|offload \d+", text):
+    if re.match(r"none listed|not stated|recipe default|see ", text):
+        return ""
+    if re.match(r"none|cpu activation offload|offload \d+", text):
         return "none"
     if re.match(r"full.*num_layers=|full on \d+ layers", text):
         return "none"

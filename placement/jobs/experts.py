@@ -66,22 +66,21 @@ def evaluate(cases: str | None = None, out: str = "out/experts", time_limit_s: f
 
 
 def _score(case: Case, time_limit_s: float) -> tuple[dict[str, typing.Any], typing.Any]:
+    from cost_model.jobs import constants
     from cost_model.jobs.memory import memory
-    from cost_model.jobs.predict import predict_runs
-    from cost_model.jobs.runs import jobs_of
+    from cost_model.jobs.predict import predict_runs, settled
 
     row: dict[str, typing.Any] = dict.fromkeys(COLUMNS)
     row.update(case_id=case.case_id, reason=case.reason)
     if case.reason or case.run.record is None:
         return row, None
     prediction = predict_runs([case.run])[0]
-    job = jobs_of([case.run])
-    from cost_model.jobs import constants
-
-    held = memory(job, constants.load())
+    loaded = constants.load()
+    job, _ = settled([case.run], loaded)
+    held = memory(job, loaded)
     row["expert_step_time_s"] = prediction.step_time_s
     row["expert_fits"] = bool(held.fits[0])
-    notes = [] if not case.run.reason else [case.run.reason]
+    notes = [prediction.reason] if prediction.reason else []
     if not held.fits[0]:
         notes.append(
             f"the expert's configuration is predicted to take {held.peak_bytes[0] / 2**30:.1f} GiB "

@@ -69,12 +69,12 @@ def evaluate(
 ) -> int:
     """Print a table and the mean contest score; write ``out``/iopddl.json if given.
 
-    ``time_fraction`` scales the reference time limits; ``instances`` names some, with commas.
+    ``time_fraction`` scales the reference time limits; ``instances`` names some, joined by +.
     Exit status 1 if any run gave no valid answer.
     """
     folder = Path(dir)
     rows = _reference(folder / "reference.csv")
-    chosen = instances.split(",") if instances else [row["instance"] for row in rows]
+    chosen = instances.split("+") if instances else [row["instance"] for row in rows]
     unknown = set(chosen) - {row["instance"] for row in rows}
     if unknown:
         raise MeshwrightError(f"no instance {sorted(unknown)[0]!r} in {folder / 'reference.csv'}")

@@ -231,7 +231,9 @@ def _impossible(
     ways = dp * tp * pp * cp
     chips = 2.0 if device in ("tpu7x", "tpu7x_ironwood") else 1.0
     stated = numbers["dp"] is not None and numbers["n_devices"] is not None
-    if stated and ways not in (devices, devices * chips):
+    # an expert axis of its own (MaxText, axlearn) multiplies the others
+    apart = {ways, ways * one("ep")}
+    if stated and not apart & {devices, devices * chips}:
         fault("n_devices", f"dp*tp*pp*cp is {ways:g} on {devices:g} devices; make them equal")
     if numbers["n_layers"] and pp > numbers["n_layers"]:
         fault("pp", f"{pp:g} stages for {numbers['n_layers']:g} layers; use at most as many")
@@ -284,6 +286,13 @@ def _record(
         if given["tp"] is None:
             raise _Missing("dp and tp are not stated by the source")
         dp = devices / (tp * pp * cp)
+    fsdp_given = given["fsdp"]
+    apart = given["ep"] or 1.0
+    if apart > 1 and dp * tp * pp * cp * apart in (chips, devices):
+        # an expert axis of its own splits the batch, and shards weights, outside the experts
+        dp *= apart
+        if fsdp_given and fsdp_given > 1:
+            fsdp_given *= apart
     if dp * tp * pp * cp == chips:
         devices = chips
     elif dp * tp * pp * cp != devices:
@@ -294,7 +303,7 @@ def _record(
         micro = 1.0
         assumed.append("micro_batch_seqs 1")
     micro = max(min(micro, batch / dp), 1e-9)
-    zero, fsdp = given["zero_stage"], given["fsdp"]
+    zero, fsdp = given["zero_stage"], fsdp_given
     jax = bool(stack_facts["jax"])
     if zero is None:
         zero = (

@@ -17,8 +17,8 @@ import pathlib
 import re
 
 from cost_model.jobs import hardware, measured
-from cost_model.jobs import shape as shapes
-from cost_model.jobs.columns import DTYPE_BYTES, Jobs, model_columns, stack
+from cost_model.jobs.columns import DTYPE_BYTES, Jobs, stack
+from cost_model.jobs.dimensions import Unstated, model_of_row
 from cost_model.jobs.split import is_fitted
 from cost_model.jobs.stack import facts, offload_share, remat_shares
 from graphs.errors import MeshwrightError
@@ -131,10 +131,6 @@ def jobs_of(rows: tuple[Run, ...] | list[Run]) -> Jobs:
     return stack(records, device.replace(network_bytes_per_s=slow))
 
 
-class _Missing(Exception):
-    """A cell that the source leaves empty and nothing else gives."""
-
-
 def read_row(line: int, raw: dict[str, str]) -> tuple[Run, list[Fault]]:
     """One row of a runs file, its cells as text by column, and what cannot be right in it."""
     row_id = raw.get("id") or f"line-{line}"
@@ -182,7 +178,7 @@ def read_row(line: int, raw: dict[str, str]) -> tuple[Run, list[Fault]]:
         try:
             record, network, assumed, full = _record(raw, numbers)
             reason = f"assumed: {', '.join(assumed)}" if assumed else ""
-        except _Missing as error:
+        except Unstated as error:
             reason = str(error)
     if "OUT OF MEMORY" in raw.get("notes", ""):
         reason = "; ".join(part for part in ("ran out of memory: no measured time", reason) if part)
@@ -260,21 +256,21 @@ def _record(
     raw: dict[str, str], given: dict[str, float | None]
 ) -> tuple[dict[str, float], float | None, list[str], bool]:
     assumed: list[str] = []
-    model, shape_given = _model(raw, given, assumed)
+    model, shape_given = model_of_row(raw, given, assumed)
     source, notes = raw.get("source", ""), raw.get("notes", "")
     stack_facts = facts(source, f"{source} {notes} {raw.get('dtype', '')}")
 
     def need(name: str) -> float:
         value = given[name]
         if value is None:
-            raise _Missing(f"{name} is not stated by the source")
+            raise Unstated(f"{name} is not stated by the source")
         return value
 
     seq = given["seq_len"]
     if seq is None:
         stated = re.search(r"used (\d{3,6}) tokens", notes)
         if not stated:
-            raise _Missing("seq_len is not stated by the source")
+            raise Unstated("seq_len is not stated by the source")
         seq = float(stated[1])
         assumed.append(f"seq_len {seq:g}")
     chips = need("n_devices")
@@ -284,7 +280,7 @@ def _record(
     dp = given["dp"]
     if dp is None:
         if given["tp"] is None:
-            raise _Missing("dp and tp are not stated by the source")
+            raise Unstated("dp and tp are not stated by the source")
         dp = devices / (tp * pp * cp)
     fsdp_given = given["fsdp"]
     apart = given["ep"] or 1.0
@@ -293,10 +289,10 @@ def _record(
         dp *= apart
         if fsdp_given and fsdp_given > 1:
             fsdp_given *= apart
-    if dp * tp * pp * cp == chips:
-        devices = chips
-    elif dp * tp * pp * cp != devices:
-        raise _Missing(f"dp*tp*pp*cp is {dp * tp * pp * cp:g}, not the {devices:g} devices")
+    if dp * tp * pp * cp == chips != devices:
+        dp *= devices / chips
+    if dp * tp * pp * cp != devices:
+        raise Unstated(f"dp*tp*pp*cp is {dp * tp * pp * cp:g}, not the {devices:g} devices")
     batch = need("global_batch_seqs")
     micro = given["micro_batch_seqs"]
     if micro is None:
@@ -386,86 +382,3 @@ def _slices(notes: str, chips: float, device: hardware.DeviceColumns) -> float:
     stated = re.search(r"^(\d+) (?:slices?|x v)", notes)
     largest = float(device.domain[0]) / float(device.devices_per_chip[0])
     return float(stated[1]) if stated else math.ceil(chips / largest)
-
-
-def _model(
-    raw: dict[str, str], given: dict[str, float | None], assumed: list[str]
-) -> tuple[dict[str, float], bool]:
-    """The model's columns, and whether the row itself states the shape."""
-    known = shapes.find(raw.get("model_name", ""))
-    if known is not None and given["d_model"] not in (None, float(known.d_model)):
-        known = None
-    base = model_columns(known) if known else {}
-    notes = raw.get("notes", "")
-    complete = all(
-        given[n] is not None for n in ("n_layers", "d_model", "n_heads", "d_ff", "vocab")
-    )
-
-    def value(name: str, column: str, default: float | None = None) -> float:
-        number = given[column]
-        if number is not None:
-            return number
-        if name in base:
-            return base[name]
-        if default is None:
-            raise _Missing(f"{column} is not stated by the source")
-        assumed.append(f"{column} {default:g}")
-        return default
-
-    width = value("d_model", "d_model")
-    vocab_default = 51200.0 if re.match(r"GPT-\d+B", raw.get("model_name", "")) else None
-    vocab = value("vocab", "vocab", vocab_default)
-    ff_stated = given["d_ff"] is not None or bool(base)
-    gated_text = raw.get("gated_mlp", "")
-    n_up = {"True": 2.0, "False": 1.0}.get(gated_text, base.get("n_up", 1.0))
-    d_ff = given["d_ff"] if given["d_ff"] is not None else base.get("d_ff", 4 * width)
-    if not ff_stated:
-        assumed.append(f"d_ff {d_ff:g}")
-    heads = value("n_heads", "n_heads", max(width // 128, 1.0))
-    keys = given["n_kv_heads"] if given["n_kv_heads"] is not None else base.get("n_kv_heads", heads)
-    if given["n_heads"] is None and given["n_kv_heads"] is None and not base:
-        keys = heads
-    layers = given["n_layers"]
-    if layers is None and not base and given["params_b"]:
-        per_layer = width * width * 4 + (n_up + 1) * width * d_ff
-        layers = float(round((given["params_b"] * 1e9 - vocab * width) / per_layer))
-        assumed.append(f"n_layers {layers:g} from params_b")
-    elif layers is None:
-        layers = value("n_layers", "n_layers")
-    stated = re.search(r"head_dim (\d+)", notes)
-    if base:
-        head_dim, v_head_dim = base["head_dim"], base["v_head_dim"]
-    else:
-        head_dim = float(stated[1]) if stated else width / heads
-        v_head_dim = head_dim
-    experts = given["n_experts"] or base.get("n_experts", 0.0) or 0.0
-    out = dict(base) or {
-        "shared_experts": 0.0,
-        "expert_bias": 0.0,
-        "q_lora_rank": 0.0,
-        "kv_lora_rank": 0.0,
-        "qk_rope_dim": 0.0,
-        "window": 0.0,
-        "window_share": 0.0,
-        "tied": float(n_up == 1.0 or "tied embedding" in notes),
-        "n_moe_layers": layers if experts else 0.0,
-        "moe_d_ff": d_ff if experts else 0.0,
-    }
-    if base and layers != base["n_layers"] and experts:
-        out["n_moe_layers"] = base["n_moe_layers"] * layers / base["n_layers"]
-    out.update(
-        n_layers=layers,
-        d_model=width,
-        n_heads=heads,
-        n_kv_heads=keys,
-        head_dim=head_dim,
-        v_head_dim=v_head_dim,
-        vocab=vocab,
-        n_up=n_up,
-        n_experts=experts,
-        experts_per_token=given["experts_per_token"] or base.get("experts_per_token", 0.0) or 0.0,
-        d_ff=(base.get("d_ff", 0.0) if experts else d_ff),
-    )
-    if base and not experts:
-        out["d_ff"] = base["d_ff"]
-    return out, complete

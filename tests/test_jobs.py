@@ -234,3 +234,17 @@ def test_unknown_models_are_refused_with_a_list():
 
     with pytest.raises(MeshwrightError, match="zoo"):
         describe_job("nothing", cluster="v5e:4x4", global_batch=16, seq_len=128)
+
+
+def test_explanations_add_up_and_neighbours_are_no_faster():
+    from placement.jobs.explain import breakdown, explain, neighbours
+
+    plan = search.plan_job(_job(model_name="Llama 3 70B", global_batch_seqs="128"))
+    assert isinstance(plan, search.JobPlan)
+    assert sum(breakdown(plan).values()) == pytest.approx(plan.step_time_s, rel=1e-9)
+    near = neighbours(plan)
+    assert near
+    for item in near:
+        if item.step_time_s is not None:
+            assert item.step_time_s >= plan.lower_bound_s * (1 - 1e-9), item
+    assert "recomputed" in explain(plan)

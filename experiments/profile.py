@@ -7,6 +7,7 @@ measurements are kept: a run that was stopped continues where it was.
 examples:
   meshwright profile device=v5e
   meshwright profile device=cpu kinds=[matmul] scale=0.2
+  meshwright profile device=v5e measure=false out=cost_model/calibration
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ def main(argv: list[str]) -> int:
     device = _hydra.instantiate(config.device)
     items = _cases(config, device)
     store = _Store(config.cache, device.name)
-    _measure(config, device, items, store)
+    if config.measure:
+        _measure(config, device, items, store)
     records = list(store.records.values())
+    if not records:
+        raise MeshwrightError(f"nothing of {device.name} is measured yet; leave measure=true")
     failed = [r for r in records if "error" in r]
     folder = pathlib.Path(str(config.out))
     write_text(str(folder / f"{device.name}.csv"), _table(records, device))

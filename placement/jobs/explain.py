@@ -1,4 +1,4 @@
-"""Why a whole-job plan is as it is: where its seconds go, and what the nearest changes would cost."""
+"""Why a whole-job plan is as it is: where its seconds go, what the nearest changes would cost."""
 
 from __future__ import annotations
 

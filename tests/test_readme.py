@@ -12,7 +12,7 @@ import sys
 import pytest
 from run_document import blocks
 
-from placement.experiments import cli
+from placement.experiments import _hydra, cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -83,9 +83,17 @@ def test_its_code_and_commands_run(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def test_readme_has_no_number_without_a_command():
-    """Results stand in tables below a command that reproduces them."""
+def test_the_results_name_commands_that_exist():
     text = README.read_text(encoding="utf-8")
-    results = text.split("## Results")[1].split("\n## ")[0] if "## Results" in text else ""
-    if re.search(r"\d", results):
-        assert "```sh" in results or "`meshwright" in results or "`python" in results
+    results = text.split("## Results")[1].split("\n## ")[0]
+    commands = re.findall(r"\| `((?:meshwright|python) [^`]+)` \|", results)
+    assert len(commands) >= 5
+    for command in commands:
+        program, what, *keys = command.split()
+        if program == "python":
+            assert (ROOT / what).exists(), command
+            continue
+        assert what in {verb.name for verb in cli.VERBS}, command
+        for key in keys:
+            name, _, value = key.partition("=")
+            assert name != "suite" or value in _hydra.groups()["suite"], command

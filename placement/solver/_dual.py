@@ -273,3 +273,34 @@ def ascend(core, order, rank, is_tree, messages, state, n_steps, target):
         for t in range(n_times):
             multipliers[t] = max(multipliers[t], 1e-9 * highest)
     return n_steps
+
+
+@_compile
+def least_with(core, costs, messages, bound, least):
+    """least[s] = a bound on the cost of assignments that take strategy s, for every strategy.
+
+    Valid after a forward pass that gave ``bound`` (of the priced problem): every edge's least is
+    then zero, and a node may draw the least of each of its edges to itself.
+    """
+    for i in range(len(core.offsets) - 1):
+        first = core.offsets[i]
+        k = core.offsets[i + 1] - first
+        rest = np.inf
+        for a in range(k):
+            own = costs[first + a]
+            for d in range(core.edge_start[i], core.edge_start[i + 1]):
+                own += messages[core.message[d] + a]
+            rest = min(rest, own)
+        for a in range(k):
+            least[first + a] = bound - rest + costs[first + a]
+        for d in range(core.edge_start[i], core.edge_start[i + 1]):
+            j = core.neighbour[d]
+            far = core.message[core.reverse[d]]
+            table = core.table[core.reverse[d]]
+            kj = core.offsets[j + 1] - core.offsets[j]
+            for a in range(k):
+                row = table + a * kj
+                low = np.inf
+                for b in range(kj):
+                    low = min(low, core.cells[row + b] - messages[far + b])
+                least[first + a] += low

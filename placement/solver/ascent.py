@@ -74,3 +74,20 @@ class Ascent:
         self.decoded = x.copy()
         self.n_published += 1
         return time.monotonic() - began
+
+    def useful(self) -> np.ndarray:
+        """[sum K] whether each core strategy can be part of an assignment as cheap as the best."""
+        best = self.incumbent
+        costs = np.empty(len(self.core.unary))
+        prices = self.state[1]
+        _dual.penalise(self.core, prices, 1.0, costs)
+        arguments = (self.core, costs, self.order, self.rank, self.is_tree, self.messages)
+        for _ in range(3):
+            _dual.sweep(*arguments, True)
+            bound = _dual.sweep(*arguments, False)
+        bound -= float(prices @ (self.core.limit - self.core.fixed))
+        best.raise_bound(bound)
+        least = np.empty(len(self.core.unary))
+        _dual.least_with(self.core, costs, self.messages, bound, least)
+        whole = abs(best.cost + best.reduced.constant)
+        return least <= best.cost + 1e-9 * whole

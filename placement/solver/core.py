@@ -86,6 +86,16 @@ class Reduced:
         x[self.group[rows[hits]]] = hits - self.map_at[rows[hits]]
         return x
 
+    def restrict(self, problem: Problem, useful: np.ndarray) -> Problem:
+        """The problem with the core strategies forbidden that are not ``useful`` [sum K]."""
+        rows = np.repeat(np.arange(len(self.group)), np.diff(self.map_at))
+        group = self.group[rows]
+        state = np.arange(len(rows)) - self.map_at[rows]
+        drop = (group >= 0) & ~useful[np.where(group >= 0, self.core.offsets[group] + state, 0)]
+        costs = problem.node_costs.copy()
+        costs[(problem.strategy_offsets[rows] + self.maps)[drop]] = FORBIDDEN
+        return dataclasses.replace(problem, node_costs=costs)
+
 
 def reduce(problem: Problem) -> Reduced:
     """Exact reduction. Raises InfeasibleError when it proves that nothing is allowed."""

@@ -22,6 +22,8 @@ from placement.solver.solution import Progress, Solution
 
 _LARGE_CELLS = 400_000
 _CHUNK_S = 0.1
+_WORTH_A_ROUND = 0.9
+_QUIET_NEAR, _QUIET = 12, 40
 
 
 def solve(
@@ -41,15 +43,13 @@ def solve(
     does not bind. Even without time left, one round is made, so as to answer.
     """
     start = time.monotonic()
-    from placement.solver.ascent import Ascent
     from placement.solver.core import reduce
     from placement.solver.incumbent import Incumbent
-    from placement.solver.polish import Polish
 
     try:
         reduced = reduce(problem)
     except InfeasibleError:
-        return _infeasible(problem, start)
+        return nothing_fits(problem, start)
     best = Incumbent(
         reduced,
         start=start,
@@ -58,18 +58,39 @@ def solve(
         on_progress=on_progress,
     )
     if initial is not None:
-        given = np.asarray(initial)
-        x = reduced.project(given)
-        if np.array_equal(reduced.lift(x), given):
-            best.evaluations += 1
-            best.offer(x)
-    ascent, polish = Ascent(best), Polish(best, seed)
+        best.offer_assignment(np.asarray(initial))
     large = len(reduced.core.cells) + len(reduced.core.fixed) * 20 >= _LARGE_CELLS
-    if large and max_evaluations is None and len(os.sched_getaffinity(0)) > 1:
-        _race(ascent, polish)
-    else:
-        _alternate(ascent, polish, patient=large)
-    return _solution(problem, best, start, with_bound=bound)
+    improve(problem, best, seed, parallel=large and max_evaluations is None)
+    return solution_of(problem, best, start, with_bound=bound)
+
+
+def improve(problem: Problem, best, seed: int, *, parallel: bool) -> Problem:
+    """Improve the incumbent; small problems in rounds that drop what its cost rules out.
+
+    Returns the problem without the strategies ruled out: every better assignment lies in it.
+    """
+    from placement.solver.ascent import Ascent
+    from placement.solver.core import reduce
+    from placement.solver.polish import Polish
+
+    if parallel and len(os.sched_getaffinity(0)) > 1:
+        _race(Ascent(best), Polish(best, seed))
+        return problem
+    while True:
+        ascent, polish = Ascent(best), Polish(best, seed)
+        _alternate(ascent, polish, patient=parallel)
+        if best.over() or not best.feasible:
+            return problem
+        useful = ascent.useful()
+        problem = best.reduced.restrict(problem, useful)
+        if best.over() or useful.mean() > _WORTH_A_ROUND:
+            return problem
+        try:
+            best.move_to(reduce(problem))
+        except InfeasibleError:
+            best.prove()
+            return problem
+        seed += 1
 
 
 def _alternate(ascent, polish, *, patient: bool) -> None:
@@ -94,9 +115,6 @@ def _alternate(ascent, polish, *, patient: bool) -> None:
             best.feasible and not patient and quiet >= (_QUIET_NEAR if near else _QUIET)
         ):
             return
-
-
-_QUIET_NEAR, _QUIET = 12, 40
 
 
 def _race(ascent, polish) -> None:
@@ -152,7 +170,10 @@ def _search(ascent, polish, failures) -> None:
             polish.cross(walk.best_x)
 
 
-def _solution(problem: Problem, best, start: float, *, with_bound: bool) -> Solution:
+def solution_of(
+    problem: Problem, best, start: float, *, with_bound: bool = True, proved: bool = False
+) -> Solution:
+    """The incumbent as a Solution of the problem; ``proved``: optimal by other means."""
     reduced = best.reduced
     x = best.x if best.x is not None else np.zeros(len(reduced.core.offsets) - 1, dtype=np.int32)
     assignment = reduced.lift(x)
@@ -165,7 +186,7 @@ def _solution(problem: Problem, best, start: float, *, with_bound: bool) -> Solu
             lower = min(lower, cost)
     status = "infeasible" if best.impossible() else "unknown"
     if feasible:
-        status = "optimal" if best.closed() else "feasible"
+        status = "optimal" if proved or best.closed() else "feasible"
     return Solution(
         assignment=assignment,
         cost=cost,
@@ -177,7 +198,8 @@ def _solution(problem: Problem, best, start: float, *, with_bound: bool) -> Solu
     )
 
 
-def _infeasible(problem: Problem, start: float) -> Solution:
+def nothing_fits(problem: Problem, start: float) -> Solution:
+    """The answer where reduction proves that no assignment is feasible."""
     least = _least_usage(problem)
     return Solution(
         assignment=least,

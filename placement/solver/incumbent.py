@@ -78,6 +78,27 @@ class Incumbent:
                 self.x, self.cost, self.excess = x.copy(), cost, excess
                 self.report()
 
+    def offer_assignment(self, assignment: np.ndarray) -> None:
+        """Take a problem assignment [P], if the core has it and it is the best."""
+        x = self.reduced.project(assignment)
+        if np.array_equal(self.reduced.lift(x), assignment):
+            self.evaluations += 1
+            self.offer(x)
+
+    def move_to(self, reduced: Reduced) -> None:
+        """Go on with another reduction, of a problem that keeps the best and all that is better."""
+        assert self.x is not None
+        x = reduced.project(self.reduced.lift(self.x))
+        shift = self.reduced.constant - reduced.constant
+        with self.lock:
+            self.reduced, self.core, self.x = reduced, reduced.core, x
+            self.bound += shift
+            self.cost, _, _ = self.measure(x)
+
+    def prove(self) -> None:
+        """Nothing else can be as cheap: the bound is the cost."""
+        self.raise_bound(self.cost)
+
     def raise_bound(self, bound: float) -> None:
         with self.lock:
             if bound > self.bound:

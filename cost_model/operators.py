@@ -132,6 +132,7 @@ def windowed_s(grouping: Grouping, g: int, choices: Choices, pricing: Pricing) -
     sizes = np.array(pricing.axis_sizes, np.float64)
     dtype = grouping.graph.tensors[next(iter(item.tensors))].dtype
     ways = np.where(choices.scatter >= 0, sizes, 1.0).prod(-1)
+    ways = np.where(_over_dimensions(choices), 1.0, ways)
     block = dict(local)
     for name in ("m", "n"):
         on = np.isin(choices.scatter, list(classes[name])) & (choices.scatter >= 0)
@@ -238,6 +239,16 @@ def _light(
     return events
 
 
+def _over_dimensions(choices: Choices) -> np.ndarray:
+    """[S] whether partial sums would be scattered along several dimensions.
+
+    XLA does not: it all-reduces and slices (read from compiled GPU and TPU programs).
+    """
+    top = np.max(choices.scatter, axis=1)
+    other = (choices.scatter >= 0) & (choices.scatter != top[:, None])
+    return other.any(axis=1)
+
+
 def fused_bytes_s(device: Device, n_bytes) -> np.ndarray:
     """Seconds to move bytes inside fused loops, at the sustained share of memory bandwidth."""
     return np.asarray(n_bytes) / (device.hbm_bandwidth_bytes_per_s * _SUSTAINED_MEMORY)
@@ -260,15 +271,16 @@ def combine_events(
             continue
         tensor = graph.tensors[result]
         final = pricing.shards(choices.specs(item.tensors[result], result=True))
-        scattered = on & (choices.scatter >= 0)
+        scattered = on & (choices.scatter >= 0) & ~_over_dimensions(choices)[:, None]
         sizes = np.array(pricing.axis_sizes, np.float64)
         scatter_ways = np.where(scattered, sizes, 1.0).prod(-1)
         after = tensor.n_bytes / final
+        spread = np.where(on & (choices.scatter >= 0) & ~scattered, sizes, 1.0).prod(-1)
         scatter_mask = pricing.masks(scattered)
         reduce_mask = pricing.masks(on & ~scattered)
         n_bytes = np.zeros((5, len(choices)))
         n_bytes[1] = np.where(scatter_mask > 0, after * scatter_ways, 0.0)
-        n_bytes[2] = np.where(reduce_mask > 0, after, 0.0)
+        n_bytes[2] = np.where(reduce_mask > 0, after * spread, 0.0)
         seconds = pricing.collective_s(1, scatter_mask, n_bytes[1])
         if tensor.n_bytes > 8:  # scalars are combined together
             seconds = seconds + pricing.collective_s(2, reduce_mask, n_bytes[2])

@@ -214,8 +214,8 @@ def expert_mlp(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
     copies = t * jobs.experts_per_token * d * 2.0
     moved = constants.of("routing_traffic", jobs.device.family) * copies * 6.0 / rate.hbm / gain
     routing = Part(forward=moved, backward=moved, redone=moved * jobs.remat_pointwise * 0.5)
-    # biases and clamped activations of the experts are kernels of their own: three more passes
-    passes = 2.0 * (jobs.n_up + 1) + 12.0 * jobs.n_up * jobs.expert_bias
+    # biases and clamped activations of the experts are kernels of their own: ten more passes
+    passes = 2.0 * (jobs.n_up + 1) + 20.0 * jobs.n_up * jobs.expert_bias
     activation = t * jobs.experts_per_token * passes * f / rate.hbm
     pointwise = Part(
         forward=activation, backward=2 * activation, redone=activation * jobs.remat_pointwise

@@ -52,7 +52,7 @@ def kept_bytes(jobs: Jobs) -> tuple[np.ndarray, np.ndarray]:
     dispatched = moe * sparse * jobs.d_model
     eager = np.where(jobs.compiled > 0, 1.0, 1.0 + 1.0 * jobs.fp32_pointwise)
     # narrow matmuls keep their inputs in the narrow type
-    narrow = np.where(jobs.matmul_bytes < 2, 0.5, 1.0)
+    narrow = jobs.matmul_bytes / 2.0
     pointwise = (2.0 * d * eager + inner + dispatched) * narrow
     # dropout masks of the models before 2022: one byte an element, after attention and the MLP
     masks = np.where(jobs.fused_attention > 0, 0.0, d)

@@ -367,6 +367,8 @@ def _record(
     if record["ep"] > 1 and dp * tp * cp % record["ep"]:
         assumed.append(f"ep {math.gcd(int(record['ep']), int(dp * tp * cp))}")
         record["ep"] = float(math.gcd(int(record["ep"]), int(dp * tp * cp)))
+    if device.family[0] != hardware.FAMILIES.index("blackwell"):
+        record["fused_experts"] = 0.0  # block-scaled grouped kernels exist for Blackwell alone
     if pp > 1 and zero >= 2:
         # with stages, sharded weights are gathered once a step and kept until its last microbatch
         # (torchtitan: no resharding after forward under pipelining; Llama 3, section 3.3)

@@ -2,7 +2,7 @@ r"""Seconds of an operator on one device, vectorised over shapes.
 
 A matrix multiplication of ``b`` products [m, k] @ [k, n] takes, in cycles of the core clock,
 
-    start + (compute^p + memory^p + drain^p)^(1/p) + load + copy + per_product b
+    start + (compute^p + memory^p + drain^p)^(1/p) + load + copy + turn + per_product b
 
 - compute: ``compute_factor`` times the peak cycles on padded shapes; the matrix unit is T wide, k
   rounds up to T, one of m and n to T and the other to 8, whichever pads less (tile quantisation);
@@ -15,6 +15,8 @@ A matrix multiplication of ``b`` products [m, k] @ [k, n] takes, in cycles of th
 - load: ``load_32`` cycles per register of 32-bit operands (split for the 16-bit matrix unit);
 - copy: where a side is no multiple of 8 and the batch is, the compiler keeps the batch in the
   registers' rows and copies the result, ``copy_ragged`` per register.
+- turn: an operand that lies transposed in memory is turned each time it is read, ``turn_left`` or
+  ``turn_right`` cycles per register.
 
 Everything else moves data and works on vectors: per class of operator (element-wise, reductions,
 moves, gathers, ...) ``start + (memory^p + vector^p)^(1/p) + per_piece pieces``: vector is
@@ -54,6 +56,8 @@ MATMUL_DEFAULTS: dict[str, float] = {
     "drain_k": 0.001,
     "load_32": 0.001,
     "copy_ragged": 0.001,
+    "turn_left": 0.0,
+    "turn_right": 0.0,
     "per_product": 0.1,
     "block": 2048.0,
     "sharpness": 8.0,
@@ -141,15 +145,19 @@ def matmul_time_s(
     n: ArrayLike,
     dtype: str = "bfloat16",
     out_dtype: str | None = None,
+    turned: tuple[bool, bool] = (False, False),
 ) -> np.ndarray:
-    """Seconds of batch x [m, k] @ [k, n], operands of ``dtype``, result of ``out_dtype``."""
+    """Seconds of batch x [m, k] @ [k, n], operands of ``dtype``, result of ``out_dtype``.
+
+    ``turned`` says which operand lies transposed in memory: [k, m], [n, k].
+    """
     shape = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (batch, m, k, n)))
     b, m, k, n = shape
     size, out = item_bytes(dtype), item_bytes(out_dtype or dtype)
     fit = load_calibration(device.name)
-    cycles = matmul_cycles(device, fit.constants["matmul"], b, m, k, n, size, out, dtype)
+    cycles = matmul_cycles(device, fit.constants["matmul"], b, m, k, n, size, out, turned, dtype)
     if "matmul" in fit.neighbours:
-        features = matmul_features(b, m, k, n, size, out)
+        features = matmul_features(b, m, k, n, size, out, turned)
         cycles = cycles * np.exp(nearby_residuals(*fit.neighbours["matmul"], features))
     return np.where(b * m * k * n > 0, cycles / device.core_clock_hz, 0.0)
 
@@ -163,6 +171,7 @@ def matmul_cycles(
     n: np.ndarray,
     size: int | np.ndarray,
     out: int | np.ndarray,
+    turned: tuple[Any, Any] = (False, False),
     dtype: str = "bfloat16",
 ) -> np.ndarray:
     """The formula of the module docstring; ``size`` and ``out`` are bytes of an element."""
@@ -185,8 +194,12 @@ def matmul_cycles(
     load = np.where(np.asarray(size) > 2, c["load_32"] * (left + right) / 4096, 0.0)
     ragged = ((b % 8 == 0) | (b == 2) | (b == 4)) & ((m % 8 > 0) | (n % 8 > 0))
     copy = np.where(ragged, c["copy_ragged"] * registers, 0.0)
+    turn = c["turn_left"] * np.asarray(turned[0]) * b * m * k * np.maximum(1, n / c["block"])
+    turn = turn + c["turn_right"] * np.asarray(turned[1]) * b * k * n * np.maximum(
+        1, m / c["block"]
+    )
     peak_of_three = _soft_max(c["sharpness"], compute, memory, drain)
-    return _start(device, c) + peak_of_three + load + copy + c["per_product"] * b
+    return _start(device, c) + peak_of_three + load + copy + turn / 1024 + c["per_product"] * b
 
 
 def matmul_features(
@@ -196,11 +209,13 @@ def matmul_features(
     n: np.ndarray,
     size: int | np.ndarray,
     out: int | np.ndarray,
+    turned: tuple[Any, Any] = (False, False),
 ) -> np.ndarray:
     """[..., F] coordinates in which near shapes have near residuals."""
     columns = [np.log2(np.maximum(x, 1)) for x in (m, k, n, b)]
     columns += [2.0 * (np.broadcast_to(x, m.shape) > 2) for x in (size, out)]
     columns += [0.5 * (x % 128 > 0) for x in (m, k, n)]
+    columns += [0.5 * np.broadcast_to(x, m.shape) for x in turned]
     return np.stack(columns, axis=-1)
 
 

@@ -43,13 +43,15 @@ Errors = dict[str, tuple[int, float, float]]
 
 _MATMUL_BOUNDS: dict[str, tuple[float, float, float]] = {
     "start": (4000, 500, 20000),
-    "compute_factor": (1.03, 0.9, 3.0),
+    "compute_factor": (1.03, 0.8, 3.0),
     "memory_factor": (1.3, 0.9, 3.0),
     "drain_16": (10, 0.01, 100),
     "drain_32": (5, 0.01, 100),
     "drain_k": (0.5, 1e-3, 50),
     "load_32": (0.1, 1e-4, 50),
     "copy_ragged": (10, 1e-2, 200),
+    "turn_left": (0.1, 1e-4, 30),
+    "turn_right": (0.1, 1e-4, 30),
     "per_product": (10, 1e-2, 3000),
     "block": (1024, 128, 16384),
     "sharpness": (2.5, 1.0, 12),
@@ -182,10 +184,10 @@ def errors_of(device: Device, content: dict[str, Any], rows: Sequence[Row]) -> E
 def predict_cycles(device: Device, fit: Calibration, item: Case) -> float:
     """Cycles of a case under this calibration."""
     if item.kind == "matmul":
-        *sides, size, out = _matmul_arguments([item])
-        model = matmul_cycles(device, fit.constants["matmul"], *sides, size=size, out=out)
+        b, m, k, n, size, out, turned = _matmul_arguments([item])
+        model = matmul_cycles(device, fit.constants["matmul"], b, m, k, n, size, out, turned)
         if "matmul" in fit.neighbours:
-            features = matmul_features(*sides, size=size, out=out)
+            features = matmul_features(b, m, k, n, size, out, turned)
             model = model * np.exp(nearby_residuals(*fit.neighbours["matmul"], features))
         return float(model[0])
     group = f"{item.kind}.{item.variant}"
@@ -193,21 +195,22 @@ def predict_cycles(device: Device, fit: Calibration, item: Case) -> float:
     return float(kernel_cycles(device, fit, group, counts([item])[0], fallback))
 
 
-def _matmul_arguments(items: Sequence[Case]) -> tuple[np.ndarray, ...]:
-    """b, m, k, n, bytes of an operand's element, bytes of a result's."""
+def _matmul_arguments(items: Sequence[Case]) -> tuple[Any, ...]:
+    """b, m, k, n, bytes of an operand's element, bytes of a result's, which operand is turned."""
     dims = [dict(c.dims) for c in items]
     sides = [np.array([float(d[x]) for d in dims]) for x in "bmkn"]
     size = np.array([item_bytes(c.dtype) for c in items])
     wide = [c.variant.partition("_")[2] or c.dtype for c in items]
-    return (*sides, size, np.array([item_bytes(t) for t in wide]))
+    turned = tuple(np.array([c.variant[:2] == form for c in items]) for form in ("tn", "nt"))
+    return (*sides, size, np.array([item_bytes(t) for t in wide]), turned)
 
 
 def _fit_matmul(device: Device, rows: list[Row]) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    *sides, size, out = _matmul_arguments([r.case for r in rows])
+    b, m, k, n, size, out, turned = _matmul_arguments([r.case for r in rows])
     measured = np.array([r.cycles for r in rows])
 
     def cycles(c: dict[str, float]) -> np.ndarray:
-        return matmul_cycles(device, c, *sides, size=size, out=out)
+        return matmul_cycles(device, c, b, m, k, n, size, out, turned)
 
     best: tuple[float, dict[str, float]] | None = None
     for resident in _RESIDENT_BYTES if device.family == "tpu" else [0.0]:
@@ -219,7 +222,7 @@ def _fit_matmul(device: Device, rows: list[Row]) -> tuple[dict[str, float], np.n
             best = (loss, constants | fixed)
     assert best is not None
     residuals = np.log(measured / cycles(best[1]))
-    return best[1], matmul_features(*sides, size=size, out=out), residuals
+    return best[1], matmul_features(b, m, k, n, size, out, turned), residuals
 
 
 def _fit_vector(

@@ -248,3 +248,27 @@ def test_explanations_add_up_and_neighbours_are_no_faster():
         if item.step_time_s is not None:
             assert item.step_time_s >= plan.lower_bound_s * (1 - 1e-9), item
     assert "recomputed" in explain(plan)
+
+
+@pytest.mark.parametrize("against", ["memory", "energy"])
+def test_fronts_trade_and_start_at_the_fastest_plan(against):
+    from placement.jobs.pareto import front
+
+    job = _job(
+        n_devices="16", dp="16", global_batch_seqs="32", model_name="Llama 2 13B", seq_len="4096"
+    )
+    points = front(job, against)
+    seconds = [p.step_time_s for p in points]
+    other = [p.memory_bytes if against == "memory" else p.energy_j for p in points]
+    assert seconds == sorted(seconds) and other == sorted(other, reverse=True)
+    fastest = search.plan_job(job)
+    assert isinstance(fastest, search.JobPlan)
+    assert seconds[0] == pytest.approx(fastest.step_time_s)
+
+
+def test_energy_of_a_device_without_published_power_is_an_error():
+    from graphs.errors import MeshwrightError
+    from placement.jobs.pareto import front
+
+    with pytest.raises(MeshwrightError, match="power"):
+        front(_job(hardware="v5p", n_devices="64", dp="64"), "energy")

@@ -91,6 +91,8 @@ class DeviceColumns:
     array_width: np.ndarray
     """systolic array width on TPUs, 0 on GPUs."""
     devices_per_chip: np.ndarray
+    max_power_w: np.ndarray
+    """NaN where nobody has published it."""
 
     def take(self, index: np.ndarray | slice) -> DeviceColumns:
         return DeviceColumns(
@@ -172,4 +174,5 @@ def _record(name: str) -> dict[str, float]:
         "sm_count": _SM_COUNT[family],
         "array_width": float(device.matrix_tile) if tpu else 0.0,
         "devices_per_chip": float(device.jax_devices_per_chip),
+        "max_power_w": float("nan") if device.max_power_w is None else device.max_power_w,
     }

@@ -228,10 +228,13 @@ _DOUBT = 0.15
 def nearby_residuals(points: np.ndarray, residuals: np.ndarray, features: np.ndarray) -> np.ndarray:
     """Residuals averaged over near points with Gaussian weights, drawn to zero far from all."""
     flat = features.reshape(-1, features.shape[-1])
-    square = (flat**2).sum(-1)[:, None] + (points**2).sum(-1) - 2 * flat @ points.T
-    weight = np.exp(-np.maximum(square, 0) / _REACH**2)
+    few, back = np.unique(flat, axis=0, return_inverse=True)  # choices repeat their local shapes
+    square = np.zeros((len(few), len(points)))
+    for f in range(points.shape[1]):
+        square += (few[:, f, None] - points[:, f]) ** 2
+    weight = np.exp(square / -(_REACH**2))
     mean = weight @ residuals / (weight.sum(-1) + _DOUBT)
-    return mean.reshape(features.shape[:-1])
+    return mean[back.reshape(-1)].reshape(features.shape[:-1])
 
 
 def _soft_max(sharpness: float, *terms: np.ndarray) -> np.ndarray:

@@ -25,10 +25,12 @@ $(BIN)/python:
 
 $(PLANNING): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[tpu]'
+	$(BIN)/python -m placement.solver.warm
 	touch $@
 
 $(TESTING): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[tpu,gpu,train,dev]'
+	$(BIN)/python -m placement.solver.warm
 	touch $@ $(PLANNING)
 
 lock: $(TESTING)

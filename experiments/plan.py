@@ -30,8 +30,11 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import placement
     from placement.report import write_report
+    from placement.solver.preparation import prepare
 
     console = _summary.console()
+    # On a new machine the solver's loops are compiled first: that is not planning.
+    prepare()
     cluster = _hydra.instantiate(config.cluster)
     step = step_of(config)
     region = _hydra.instantiate(config.region)

@@ -188,7 +188,7 @@ def document(problem: Problem) -> dict[str, Any]:
     return {"problem": body, "meshwright": extra}
 
 
-def _edges(ends: list, tables: _Rows, k: np.ndarray) -> dict[str, np.ndarray]:
+def _edges(ends: list, tables: _Rows, k: np.ndarray) -> dict[str, Any]:
     """Pairwise edges with parallel ones added; other arities are checked and left out."""
     _check_ends(ends, len(k))
     sizes = np.diff(tables.offsets)

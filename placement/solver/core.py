@@ -139,17 +139,16 @@ def _allowed(p: Problem) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.n
     alive = p.node_costs < FORBIDDEN
     graph = (p.strategy_offsets, p.edge_nodes, p.edge_offsets, p.edge_costs, FORBIDDEN)
     constrains = _build.forbidding_edges(p.edge_offsets, p.edge_costs, FORBIDDEN)
-    killed = True
-    classes = (np.zeros(0), np.zeros(0), np.zeros(0))
-    while killed:
+    while True:
         emptied = _build.arc_consistency(*graph, constrains, alive)
         if emptied >= 0:
             raise InfeasibleError(
                 f"node {emptied} of {p.name!r} has no allowed strategy left; "
                 "remove some forbidden costs"
             )
-        *classes, killed = _build.find_classes(*graph, constrains, alive)
-    return alive, tuple(classes)
+        root, map_at, maps, killed = _build.find_classes(*graph, constrains, alive)
+        if not killed:
+            return alive, (root, map_at, maps)
 
 
 def _stand_in(problem: Problem, alive: np.ndarray) -> float:

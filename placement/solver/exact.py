@@ -105,7 +105,8 @@ def _model(core, forbidden: float):
     upper_bounds = [np.ones(n_choices)]
 
     def add(row, col, val, low, up):
-        rows.append(row), cols.append(col), vals.append(val), lower.append(low), upper.append(up)
+        for column, part in zip((rows, cols, vals, lower, upper), (row, col, val, low, up)):
+            column.append(part)
 
     n = len(core.offsets) - 1
     k = np.diff(core.offsets)
@@ -155,8 +156,9 @@ def _model(core, forbidden: float):
     lp.col_lower_, lp.col_upper_ = np.zeros(n_cols), np.concatenate(upper_bounds)
     lp.row_lower_, lp.row_upper_ = np.concatenate(lower), np.concatenate(upper)
     lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-    lp.a_matrix_.start_, lp.a_matrix_.index_ = matrix.indptr, matrix.indices
-    lp.a_matrix_.value_ = matrix.data
+    lp.a_matrix_.start_ = matrix.indptr.astype(np.int32)
+    lp.a_matrix_.index_ = matrix.indices.astype(np.int32)
+    lp.a_matrix_.value_ = matrix.data.astype(np.float64)
     lp.integrality_ = [
         highspy.HighsVarType.kInteger if c < n_choices else highspy.HighsVarType.kContinuous
         for c in range(n_cols)

@@ -125,8 +125,16 @@ def predict_runs(
             kind=kind[index],
             note=f"recomputes {heavy[index]}, the default would not fit" if heavy[index] else "",
         )
-    nothing = {"step_time_s": None, "p10_s": None, "p90_s": None, "memory_gb": None}
-    return [
-        found.get(id(run)) or Prediction(run=run, capacity_gb=None, kind="", **nothing)
-        for run in rows
-    ]
+    return [found.get(id(run)) or _unpredicted(run) for run in rows]
+
+
+def _unpredicted(run: Run) -> Prediction:
+    return Prediction(
+        run=run,
+        step_time_s=None,
+        p10_s=None,
+        p90_s=None,
+        memory_gb=None,
+        capacity_gb=None,
+        kind="",
+    )

@@ -112,6 +112,19 @@ def _local_contraction(
     return index, local, classes
 
 
+def _contraction_s(pricing: Pricing, x: dict[str, np.ndarray], dtype: str) -> np.ndarray:
+    """[S] seconds; choices repeat few local shapes, and each is priced once per Pricing."""
+    shapes = np.stack([x["b"], x["m"], x["k"], x["n"]], axis=1)
+    rows, inverse = np.unique(shapes, axis=0, return_inverse=True)
+    known = pricing.contractions
+    missing = [r for r in rows.tolist() if (dtype, *r) not in known]
+    if missing:
+        b, m, k, n = np.array(missing).T
+        for r, t in zip(missing, matmul_time_s(pricing.device, b, m, k, n, dtype)):
+            known[(dtype, *r)] = float(t)
+    return np.array([known[(dtype, *r)] for r in rows.tolist()])[inverse.ravel()]
+
+
 def contracts(grouping: Grouping, g: int) -> bool:
     """Whether group g is a contraction."""
     item = grouping.groups[g]
@@ -139,7 +152,7 @@ def windowed_s(grouping: Grouping, g: int, choices: Choices, pricing: Pricing) -
         block[name] = local[name] / np.where(on, sizes, 1.0).prod(-1)
 
     def seconds(x):
-        return matmul_time_s(pricing.device, x["b"], x["m"], x["k"], x["n"], dtype)
+        return _contraction_s(pricing, x, dtype)
 
     narrow = np.maximum(0.0, ways * seconds(block) - seconds(local))
     return np.where(ways > 1, narrow + _WINDOWED_OVERHEAD * seconds(local), 0.0)
@@ -154,7 +167,7 @@ def _heavy(grouping: Grouping, item: Group, choices: Choices, pricing: Pricing) 
     if op.primitive in CONTRACTIONS:
         _, x, _ = _local_contraction(grouping, item, choices, pricing)
         dtype = graph.tensors[op.inputs[0]].dtype
-        seconds = matmul_time_s(device, x["b"], x["m"], x["k"], x["n"], dtype)
+        seconds = _contraction_s(pricing, x, dtype)
         return ComputeEvent(op=index, region=op.region, seconds=seconds, kind="matmul")
     sizes = np.array(pricing.axis_sizes, np.float64)
     if op.primitive == "conv_general_dilated":
@@ -180,6 +193,7 @@ def _light(
     grouping: Grouping, item: Group, choices: Choices, pricing: Pricing, stored: set[int]
 ) -> list[ComputeEvent]:
     graph = grouping.graph
+    batches = set(graph.inputs) - {graph.inputs[a] for a, _ in graph.aliases}
     moved: dict[int, np.ndarray] = {}
     work: dict[int, np.ndarray] = {}
     last: dict[int, int] = {}
@@ -195,6 +209,9 @@ def _light(
 
     for view in item.views:
         add(moved, view.region, local(view.tensor, view.dims) * graph.tensors[view.tensor].itemsize)
+    for t in item.tensors:
+        if t in batches:  # an argument that is no state is brought in once a step
+            add(moved, 0, local(t, item.tensors[t]) * graph.tensors[t].itemsize)
     seen: set[tuple[int, int]] = set()
     for o in item.ops:
         op = graph.ops[o]
@@ -234,7 +251,8 @@ def _light(
         seconds = seconds + np.zeros(len(choices))
         position = last.get(region)
         if position is None:
-            position = min(o for v in item.views if v.region == region for o in v.ops)
+            readers = [o for v in item.views if v.region == region for o in v.ops]
+            position = min(readers, default=0)
         events.append(ComputeEvent(op=position, region=region, seconds=seconds, kind="vector"))
     return events
 

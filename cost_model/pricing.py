@@ -29,9 +29,12 @@ class Pricing:
     """[kinds, 2^A] seconds at zero bytes; the set of axes is a bit mask."""
     seconds_per_byte: np.ndarray
     """[kinds, 2^A]."""
+    contractions: dict[tuple, float] = dataclasses.field(default_factory=dict, compare=False)
+    """Memo of contraction seconds by (type, batch, m, k, n); may be shared between layouts of one
+    device."""
 
     @classmethod
-    def of(cls, layout: MeshLayout) -> Pricing:
+    def of(cls, layout: MeshLayout, contractions: dict[tuple, float] | None = None) -> Pricing:
         sizes = layout.mesh.axis_sizes
         n_sets = 1 << len(sizes)
         latency = np.zeros((len(KINDS), n_sets))
@@ -46,7 +49,13 @@ class Pricing:
                 )
                 slope[k, mask] = (large - small) / (_LARGE - _SMALL)
                 latency[k, mask] = max(small - slope[k, mask] * _SMALL, 0.0)
-        return cls(layout=layout, axis_sizes=sizes, latency_s=latency, seconds_per_byte=slope)
+        return cls(
+            layout=layout,
+            axis_sizes=sizes,
+            latency_s=latency,
+            seconds_per_byte=slope,
+            contractions={} if contractions is None else contractions,
+        )
 
     @property
     def device(self) -> Device:

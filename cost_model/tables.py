@@ -106,14 +106,16 @@ def build_tables(
     exposure: float = 1.0,
     keep: int = 192,
     tied: tuple[int, ...] | None = None,
+    memo: dict[tuple, float] | None = None,
 ) -> Tables:
     """Price every choice of every group on a layout.
 
     ``keep`` bounds the choices of a node; the cheapest by themselves stay. ``tied`` is
     :func:`graphs.fold.fold` of the grouping, or ``range`` to leave repeated groups apart.
+    ``memo`` keeps contraction times between meshes of one device.
     """
     tied = fold(grouping) if tied is None else tied
-    pricing = Pricing.of(layout)
+    pricing = Pricing.of(layout, memo)
     stored = materialised(grouping)
     firsts = sorted(set(tied))
     number = {g: n for n, g in enumerate(firsts)}

@@ -322,7 +322,9 @@ class _Joiner:
         if t in self.heavy or _cuts(rule, op, self.graph, i):
             return False
         if op.primitive.startswith("reduce_") and 0 in op.params.get("axes", ()):
-            return False  # a sum over the batch (the gradient of a scale or bias) meets the optimizer
+            return (
+                False  # a sum over the batch (the gradient of a scale or bias) meets the optimizer
+            )
         n = math.prod(self.graph.tensors[t].shape)
         if n < math.prod(self.graph.tensors[op.outputs[0]].shape) and op.primitive not in (
             "scan_stack",

@@ -56,9 +56,7 @@ def shards(spec: Spec, axis_sizes: tuple[int, ...]) -> int:
     return math.prod(axis_sizes[a] for dim in spec for a in dim)
 
 
-def local_shape(
-    shape: tuple[int, ...], spec: Spec, axis_sizes: tuple[int, ...]
-) -> tuple[int, ...]:
+def local_shape(shape: tuple[int, ...], spec: Spec, axis_sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Per-device shape; a dimension that does not divide is padded up, as XLA does."""
     return tuple(
         -(-n // math.prod(axis_sizes[a] for a in dim)) if dim else n

@@ -101,4 +101,3 @@ def name_classes(grouping: Grouping) -> Names:
             for g, item in enumerate(grouping.groups)
         ),
     )
-

@@ -232,9 +232,7 @@ class _Builder:
                     "carry_out", (t, carries[i]), [var.aval], inner, {}, out_region=region
                 )
             else:
-                results += self.emit(
-                    "scan_stack", (t,), [var.aval], inner, {}, out_region=region
-                )
+                results += self.emit("scan_stack", (t,), [var.aval], inner, {}, out_region=region)
         self.regions[inner][4] = len(self.ops)
         return results
 
@@ -260,9 +258,7 @@ class _Builder:
         outs = self.walk(body, self._consts(body_consts, region), [*consts, *carries], inner)
         results = []
         for t, c, var in zip(outs, carries, eqn.outvars):
-            results += self.emit(
-                "carry_out", (t, c), [var.aval], inner, {}, out_region=region
-            )
+            results += self.emit("carry_out", (t, c), [var.aval], inner, {}, out_region=region)
         self.regions[inner][4] = len(self.ops)
         return results
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from graphs.errors import InfeasibleError, MeshwrightError
+from graphs.errors import MeshwrightError
 
 OBJECTIVES = ("time", "memory", "energy", "carbon", "cost")
 MEMORY_RESERVE = 0.06
@@ -139,6 +139,7 @@ class _Search:
         self.bounds: list[float] = []
         self.evaluations = 0
         self.skipped = 0
+        self.memo: dict[tuple, float] = {}
 
     def run(self) -> None:
         order = _promising_first(self.layouts)
@@ -165,6 +166,7 @@ class _Search:
             usage_limit_bytes=self.limit,
             exposure=EXPOSURES[0],
             tied=self.tied,
+            memo=self.memo,
         )
         simulator = Simulator.of(base)
         self.bounds.append(simulation_bound_s(base, self._slice(remaining)))
@@ -220,6 +222,9 @@ class _Search:
         from placement.plan import Plan
 
         fitting = [c for c in self.candidates if c.memory_bytes <= self.limit]
+        if not fitting:
+            self._lean()
+            fitting = [c for c in self.candidates if c.memory_bytes <= self.limit]
         pool = fitting or self.candidates
         best = min(pool, key=lambda c: c.score if fitting else c.memory_bytes)
         status = "feasible"
@@ -250,7 +255,7 @@ class _Search:
             evaluations=self.evaluations,
             planning_time_s=time.monotonic() - start,
             status=status,
-            warnings=self.grouping.warnings,
+            warnings=(*self.grouping.warnings, *self._indivisible()),
             alternatives=tuple(
                 {
                     "mesh_shape": c.layout.mesh.shape,
@@ -262,9 +267,7 @@ class _Search:
                 for c in sorted(self.candidates, key=lambda c: c.score)
             ),
             reasons=reasons(best, self.candidates),
-            timeline=tuple(
-                (x.lane, x.name, x.kind, x.start_s, x.end_s) for x in drawn.stretches
-            ),
+            timeline=tuple((x.lane, x.name, x.kind, x.start_s, x.end_s) for x in drawn.stretches),
             memory_over_time=drawn.memory,
             trees=(jax.tree.structure(tuple(abstract_args)), jax.tree.structure(shapes)),
         )
@@ -274,11 +277,58 @@ class _Search:
         return max(0.05, self.deadline - time.monotonic()) / (3 * remaining)
 
     def _why_not(self, best: _Candidate) -> str:
-        capacity = best.layout.cluster.device.hbm_capacity_bytes
-        return (
+        from placement.fits import smallest_fit
+
+        cluster = best.layout.cluster
+        capacity = cluster.device.hbm_capacity_bytes
+        sentence = (
             f"no plan fits: the least memory found is {best.memory_bytes / 2**30:.2f} GiB per device "
-            f"and {best.layout.cluster.device.name} has {capacity / 2**30:.2f} GiB, of which "
-            f"{MEMORY_RESERVE:.0%} is reserved; use a larger cluster or a smaller batch"
+            f"and {cluster.device.name} has {capacity / 2**30:.2f} GiB, of which "
+            f"{MEMORY_RESERVE:.0%} is reserved"
+        )
+        bigger = smallest_fit(self.grouping, cluster, 1.0 - MEMORY_RESERVE)
+        if bigger is None:
+            return (
+                sentence
+                + "; no larger cluster of this kind was found to fit it, use a smaller batch"
+            )
+        return sentence + f"; the smallest cluster of this kind found to fit it is {bigger}"
+
+    def _lean(self) -> None:
+        """Nothing fits: add the assignment that holds the least, for each mesh tried."""
+        from placement.fits import least_memory
+
+        for c in list({id(c.layout): c for c in self.candidates}.values()):
+            tables = c.simulator.tables
+            memory, choices = least_memory(tables)
+            step, compute, _ = c.simulator(choices)[0]
+            self.candidates.append(
+                dataclasses.replace(
+                    c,
+                    choices=choices,
+                    memory_bytes=memory,
+                    step_time_s=float(step),
+                    score=self._score(float(step), float(compute), memory, c.layout),
+                )
+            )
+
+    def _indivisible(self) -> tuple[str, ...]:
+        """Large arguments that no mesh axis divides."""
+        graph = self.grouping.graph
+        sizes = sorted({n for x in self.layouts for n in x.mesh.axis_sizes if n > 1})
+        found = []
+        for t, name in zip(graph.inputs, graph.input_names):
+            shape = graph.tensors[t].shape
+            big = [n for n in shape if n > 1]
+            if sizes and big and not any(n % s == 0 for n in big for s in sizes):
+                found.append(f"{name}{list(shape)}")
+        if not found:
+            return ()
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        return (
+            f"no mesh axis divides a dimension of {found[0]}{more} (axis sizes tried: "
+            f"{', '.join(map(str, sizes))}), so it is whole on every device; pad the dimension or "
+            "pin another mesh_shape",
         )
 
 

@@ -149,7 +149,8 @@ class Plan:
 
         from graphs.trace import trace
 
-        graph = trace(fn, *args, donate_argnums=self.donate_argnums)
+        donated = tuple(n for n in self.donate_argnums if n < len(args))
+        graph = trace(fn, *args, donate_argnums=donated)
         self.check_inputs(graph)
         if graph.fingerprint != self.fingerprint:
             raise MeshwrightError(
@@ -205,9 +206,7 @@ class Plan:
         """The mesh without devices."""
         import jax
 
-        return jax.sharding.AbstractMesh(
-            tuple(self.mesh_shape.values()), tuple(self.mesh_shape)
-        )
+        return jax.sharding.AbstractMesh(tuple(self.mesh_shape.values()), tuple(self.mesh_shape))
 
     # -- reading it -----------------------------------------------------------
 

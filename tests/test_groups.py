@@ -15,7 +15,7 @@ def arg(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def mlp_step(n_layers, scan=False, scale=1):
+def mlp_step(n_layers, scan=False, scale=1, batch=32):
     """A residual MLP trained by SGD with momentum, layers unrolled or scanned."""
 
     def layer(x, w):
@@ -39,7 +39,7 @@ def mlp_step(n_layers, scan=False, scale=1):
     d, f = 16 * scale, 64 * scale
     one = {"up": arg(*lead, d, f), "down": arg(*lead, f, d)}
     params = one if scan else [one] * n_layers
-    return step, (params, params, arg(32 * scale, d))
+    return step, (params, params, arg(batch * scale, d))
 
 
 def grouped(n_layers, scan=False):

@@ -147,9 +147,7 @@ def test_slicing_a_factor_slices_or_splits_the_result(name):
 
 
 def _slice_params(params, now, before):
-    limits = tuple(
-        n if n != b else e for n, b, e in zip(now, before, params["limit_indices"])
-    )
+    limits = tuple(n if n != b else e for n, b, e in zip(now, before, params["limit_indices"]))
     return params | {"limit_indices": limits}
 
 

@@ -42,7 +42,9 @@ def test_a_counted_while_loop_has_its_trips_and_an_open_one_warns():
 
 def test_branches_of_cond_are_weighed_equally():
     graph = trace(
-        lambda p, x: jax.lax.cond(p, lambda v: v @ v, lambda v: v + 1.0, x), arg(dtype=bool), arg(8, 8)
+        lambda p, x: jax.lax.cond(p, lambda v: v @ v, lambda v: v + 1.0, x),
+        arg(dtype=bool),
+        arg(8, 8),
     )
     dot = next(op for op in graph.ops if op.primitive == "dot_general")
     assert graph.multiplicity(dot.region) == 0.5

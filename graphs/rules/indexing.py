@@ -93,4 +93,3 @@ def _scatter(params, ins, adds: bool) -> OpRule:
         reduced=reduced,
         light=False,
     )
-

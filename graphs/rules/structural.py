@@ -26,9 +26,7 @@ def broadcast_in_dim(params, ins, outs) -> OpRule:
     build = FactorBuilder()
     out = build.dims(outs[0])
     where = params["broadcast_dimensions"]
-    operand = [
-        out[d] if ins[0][i] == outs[0][d] else WHOLE for i, d in enumerate(where)
-    ]
+    operand = [out[d] if ins[0][i] == outs[0][d] else WHOLE for i, d in enumerate(where)]
     rest = [[WHOLE] * len(s) for s in ins[1:]]
     return _view(ins, outs, [operand, *rest], [out], build)
 
@@ -102,7 +100,9 @@ def _keep_where(same, ins, outs) -> OpRule:
     rank = len(outs[0])
     f = [build.new(outs[0][d]) if d in same else WHOLE for d in range(rank)]
     operands = [f if len(s) == rank else [WHOLE] * len(s) for s in ins]
-    return _view(ins, outs, operands, [f if len(s) == rank else [WHOLE] * len(s) for s in outs], build)
+    return _view(
+        ins, outs, operands, [f if len(s) == rank else [WHOLE] * len(s) for s in outs], build
+    )
 
 
 @register_rule("concatenate")

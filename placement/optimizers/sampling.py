@@ -56,7 +56,9 @@ def annealing(tables: Tables, key: int, budget: Budget) -> Assignment:
     first = float(total_costs(p, x[None])[0])
 
     def energy(y: np.ndarray, cost: float) -> float:
-        excess = max(0.0, peak_usage(p, y) / p.usage_limit - 1.0) if np.isfinite(p.usage_limit) else 0
+        excess = (
+            max(0.0, peak_usage(p, y) / p.usage_limit - 1.0) if np.isfinite(p.usage_limit) else 0
+        )
         return cost + excess * first
 
     now = best = energy(x, first)

@@ -103,8 +103,7 @@ def usage_entries(
                 continue
             specs = menu.specs(dims, result=item.kind == HEAVY)
             if t in inputs:
-                stop = end if t in kept_inputs or last[t] < 0 else end
-                add(g, t, specs, (0, stop), "state" if t in kept_inputs else "other")
+                    add(g, t, specs, (0, end), "state" if t in kept_inputs else "other")
                 continue
             if t in aliased or last[t] < 0:
                 continue

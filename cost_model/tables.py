@@ -283,10 +283,13 @@ def _reshards(grouping, node_of, choices, pricing, times):
             spec_cache[key] = _unique(make())
         return spec_cache[key]
 
-    def price(i, j, tensor, p_key, p_make, q_key, q_make):
+    def price(source, tensor, j, dims):
+        """From how group ``source`` holds a tensor to ``dims`` of node j."""
+        i = int(node_of[source])
         t = graph.tensors[tensor]
-        p, rows = unique((i, *p_key), p_make)
-        q, columns = unique((j, *q_key), q_make)
+        p_key, q_key = dims_key(source, tensor), ("v", *dims)
+        p, rows = unique((i, *p_key), lambda: _specs_of(grouping, source, tensor, choices[i]))
+        q, columns = unique((j, *q_key), lambda: choices[j].specs(dims))
         key = (i, p_key, j, q_key, t.shape, t.itemsize)
         if key not in priced:
             priced[key] = reshard(p, q, t.n_bytes, pricing)
@@ -304,13 +307,7 @@ def _reshards(grouping, node_of, choices, pricing, times):
         for view in item.views:
             source = grouping.source_group(g, view)
             i = int(node_of[source])
-            priced_pair, rows, columns = price(
-                i, j, view.tensor,
-                dims_key(source, view.tensor),
-                lambda: _specs_of(grouping, source, view.tensor, choices[i]),
-                ("v", *view.dims),
-                lambda: choices[j].specs(view.dims),
-            )  # fmt: skip
+            priced_pair, rows, columns = price(source, view.tensor, j, view.dims)
             hides = _from_weights(grouping, source)
             if priced_pair.seconds.any():
                 where = min(view.ops) if view.ops else _first_reader(readers, view)
@@ -325,13 +322,7 @@ def _reshards(grouping, node_of, choices, pricing, times):
         source, target = grouping.group_of[t_out], grouping.group_of[t_in]
         i, j = int(node_of[source]), int(node_of[target])
         dims_in = grouping.groups[target].tensors[t_in]
-        pair, rows, columns = price(
-            i, j, t_out,
-            dims_key(source, t_out),
-            lambda: _specs_of(grouping, source, t_out, choices[i]),
-            ("v", *dims_in),
-            lambda: choices[j].specs(dims_in),
-        )  # fmt: skip
+        pair, rows, columns = price(source, t_out, j, dims_in)
         if pair.seconds.any():
             yield Event(
                 kind=RESHARD, op=last, region=0, node=j, source=i, seconds=pair.seconds,

@@ -89,7 +89,10 @@ def graph_of_jaxpr(closed, input_names=None, output_names=None, donated=None) ->
 
 
 def abstract(leaf):
-    """Shape and type of an argument leaf, without its sharding. Raises MeshwrightError if it has none."""
+    """Shape and type of an argument leaf, without its sharding.
+
+    Raises MeshwrightError if it has none.
+    """
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
@@ -213,7 +216,7 @@ class _Builder:
             self.emit("scan_slice", (t,), [v.aval], inner, {})[0]
             for t, v in zip(args[n_consts + n_carry :], body.invars[n_consts + n_carry :])
         ]
-        for i, t in enumerate(carries):  # a carry lives in the body
+        for t in carries:  # a carry lives in the body
             old = self.tensors[t]
             self.tensors[t] = Tensor(
                 shape=old.shape,

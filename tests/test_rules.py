@@ -46,7 +46,9 @@ CASES = {
         (f(4, 6), jnp.array([1, 2, 1, 7])),
     ),
     "convolution": (
-        lambda x, k: jax.lax.conv_general_dilated(x, k, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")),
+        lambda x, k: jax.lax.conv_general_dilated(
+            x, k, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        ),
         (f(4, 8, 6), f(3, 6, 2)),
     ),
     "depthwise": (

@@ -6,17 +6,7 @@ The text is XLA's own (``HloModule::ToString``). One line is one instruction::
 
 and a computation is a header line ending in ``{`` up to a line ``}``. In a *scheduled* module
 (``is_scheduled=true``) the order of the lines is the order in which the device issues them.
-
-Three notations of replica groups occur (openxla/xla, xla/hlo/ir/{replica_group,mesh_and_axis}.cc):
-
-* explicit ``{{0,1},{2,3}}`` (``{}``: one group of all devices),
-* iota ``[G,N]<=[d0,d1,..]T(p0,p1,..)``: arange(prod d) reshaped to d, transposed by p, reshaped to
-  [G, N],
-* mesh ``mesh['a'=4,'b'=4] {'b'}`` with sub-axes ``'a':(pre)size`` and optional ``device_ids=(..)``.
-
-Trip counts of loops: ``known_trip_count`` where the text has it, else from the condition
-``counter < limit`` with the counter's start read from the loop's operand and its step from the
-body. The step matters: windowed (collective) matmuls of XLA:TPU count by two.
+Collectives are read by :mod:`placement.hlo_collectives`, loops by :mod:`placement.hlo_loops`.
 """
 
 from __future__ import annotations
@@ -26,22 +16,10 @@ import functools
 import math
 import re
 
-import numpy as np
-
 from graphs.errors import MeshwrightError
 
 UNKNOWN_CYCLES = 9223372036854775807
 """What XLA:TPU writes for "no estimate" (int64 max)."""
-
-COLLECTIVE_KINDS = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
 
 _DTYPE_BITS = {
     "pred": 8,
@@ -73,9 +51,7 @@ _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,<=]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(r"\b(?:calls|body|condition|to_apply|async_computation)=%?([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-_PAIR = re.compile(r"\{(\d+),(\d+)\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}|trip_count="?(\d+)')
 _SOL_US = re.compile(r'"exec_time_us":([0-9.e+\-]+),"name":"sol"')
 
 
@@ -198,32 +174,6 @@ class Module:
         return self.computations[self.entry]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Collective:
-    """What one collective moves, as the text states it. Sizes are per device."""
-
-    kind: str
-    """One of COLLECTIVE_KINDS; an all-reduce whose only use is a slice of it is reduce-scatter."""
-    name: str
-    operand_bytes: int
-    result_bytes: int
-    dtype: str
-    groups: np.ndarray | None
-    """[G, N] int device ids that exchange; None for permutes and for "all devices"."""
-    pairs: tuple[tuple[int, int], ...]
-    """Source and target of each permute, empty for the others."""
-    op_name: str
-
-    @property
-    def group_size(self) -> int | None:
-        return None if self.groups is None else int(self.groups.shape[1])
-
-    @property
-    def payload_bytes(self) -> int:
-        """The larger of what goes in and what comes out: the whole tensor of one group."""
-        return max(self.operand_bytes, self.result_bytes)
-
-
 def parse_type(text: str) -> tuple[Array, ...]:
     """The arrays in a result type, tuples flattened in order; opaque and token types are left."""
     found = []
@@ -277,80 +227,6 @@ def parse_module(text: str) -> Module:
     )
 
 
-def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | None:
-    """Iterations of a while loop; None where the text does not fix them."""
-    match = _TRIP_COUNT.search(loop.attributes_text)
-    if match is not None:
-        return int(match[1] or match[2])
-    condition = module.computations[loop.called["condition"]]
-    compare = _through_fusion(module, condition.root)
-    if compare is None or compare.opcode != "compare" or len(condition.root.operands) < 2:
-        return None
-    direction = compare.attribute("direction")
-    sides = [_value(module, condition, name) for name in condition.root.operands[:2]]
-    indices = [_tuple_index(condition, name) for name in condition.root.operands[:2]]
-    for counter, limit, strict, inclusive in ((0, 1, "LT", "LE"), (1, 0, "GT", "GE")):
-        index, bound = indices[counter], sides[limit]
-        if index is None or bound is None or direction not in (strict, inclusive):
-            continue
-        body = module.computations[loop.called["body"]]
-        step = _step(module, body, index) or 1
-        start = _initial(module, caller, loop, index)
-        span = bound - (start or 0) + (direction == inclusive)
-        return max(0, -(-span // step))
-    return None
-
-
-def collective_of(module: Module, instruction: Instruction) -> Collective | None:
-    """The collective this instruction starts or performs, None if it is something else.
-
-    A ``-start`` opcode, an ``async-start`` or fusion around a collective, and a plain one all
-    count; ``-done`` does not.
-    """
-    opcode = instruction.opcode.removesuffix("-start")
-    if opcode in COLLECTIVE_KINDS:
-        return _describe(opcode, instruction, instruction)
-    body = instruction.called.get("calls") or instruction.called.get("async_computation")
-    if instruction.opcode not in ("fusion", "async-start", "call") or body is None:
-        return None
-    computation = module.computations.get(body)
-    if computation is None:
-        return None
-    inner = next(
-        (
-            i
-            for i in computation.instructions
-            if i.opcode.removesuffix("-start") in COLLECTIVE_KINDS
-        ),
-        None,
-    )
-    if inner is None:
-        return None
-    kind = inner.opcode.removesuffix("-start")
-    if kind == "all-reduce" and "all-reduce-scatter" in computation.name:
-        # XLA:TPU's reduce-scatter: a custom fusion of all-reduce and the slice that is kept.
-        return _describe("reduce-scatter", inner, instruction)
-    return _describe(kind, inner, inner)
-
-
-def parse_groups(text: str) -> np.ndarray | None:
-    """[G, N] device ids of replica groups in any notation; None for "all devices"."""
-    text = text.strip()
-    if text.startswith("mesh["):
-        return _mesh_groups(text)
-    if text.startswith("["):
-        shape, devices = _iota(text)
-        return devices.reshape(shape)
-    groups = re.findall(r"\{([\d,\s]+)\}", text)
-    if not groups:
-        return None
-    rows = [[int(x) for x in g.split(",") if x.strip()] for g in groups]
-    if len({len(r) for r in rows}) != 1:
-        width = max(len(r) for r in rows)
-        rows = [r for r in rows if len(r) == width]
-    return np.asarray(rows)
-
-
 def _dtype_bits(dtype: str) -> int:
     return _DTYPE_BITS.get(dtype, 8 if dtype.startswith("f8") else 0)
 
@@ -379,199 +255,3 @@ def _parse_instruction(line: str) -> Instruction | None:
         attributes_text=line[end + 1 :],
         is_root=bool(match[1]),
     )
-
-
-def _describe(kind: str, inner: Instruction, outer: Instruction) -> Collective:
-    arrays = inner.arrays
-    if inner.opcode.endswith("-start") and inner.type_text.startswith("(") and len(arrays) > 1:
-        # (operand, result, contexts...): what comes out is the second, or the second half.
-        payload = [a for a in arrays if a.dtype != "u32" or len(a.shape) > 0]
-        half = max(1, len(payload) // 2)
-        operands, results = payload[:half], payload[half:] or payload
-        if kind == "all-reduce":
-            operands = results = list(arrays)
-        operand_bytes = sum(a.size_bytes for a in operands)
-        result_bytes = sum(a.size_bytes for a in results)
-        dtype = results[0].dtype
-    else:
-        result_bytes = inner.result_bytes
-        dtype = arrays[0].dtype if arrays else ""
-        operand_bytes = result_bytes
-    replica_groups = _replica_groups_text(inner)
-    groups = parse_groups(replica_groups) if replica_groups else None
-    n = 1 if groups is None else groups.shape[1]
-    if kind == "reduce-scatter" and inner.opcode.startswith("all-reduce"):
-        result_bytes = outer.arrays[0].size_bytes if outer.arrays else operand_bytes // n
-    elif kind == "all-gather" and operand_bytes == result_bytes:
-        operand_bytes = result_bytes // n
-    elif kind == "reduce-scatter" and operand_bytes == result_bytes:
-        operand_bytes = result_bytes * n
-    pairs_text = inner.attribute("source_target_pairs")
-    return Collective(
-        kind=kind,
-        name=outer.name,
-        operand_bytes=operand_bytes,
-        result_bytes=result_bytes,
-        dtype=dtype,
-        groups=groups,
-        pairs=tuple((int(a), int(b)) for a, b in _PAIR.findall(pairs_text)) if pairs_text else (),
-        op_name=inner.op_name or outer.op_name,
-    )
-
-
-def _replica_groups_text(instruction: Instruction) -> str | None:
-    """The attribute, which in mesh notation holds a comma outside of brackets."""
-    text = instruction.attributes_text
-    start = text.find("replica_groups=mesh[")
-    if start < 0:
-        return instruction.attribute("replica_groups")
-    start += len("replica_groups=")
-    return text[start : text.index("}", text.index("{", start)) + 1]
-
-
-def _iota(text: str) -> tuple[tuple[int, ...], np.ndarray]:
-    match = re.match(r"\[([\d,]+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", text)
-    if match is None:
-        raise MeshwrightError(f"replica groups {text!r} are in no known notation; report the text")
-    shape = tuple(int(x) for x in match[1].split(","))
-    if match[2] is None:
-        return shape, np.arange(math.prod(shape))
-    dims = tuple(int(x) for x in match[2].split(","))
-    devices = np.arange(math.prod(dims)).reshape(dims)
-    if match[3] is not None:
-        devices = devices.transpose([int(x) for x in match[3].split(",")])
-    return shape, devices
-
-
-def _mesh_groups(text: str) -> np.ndarray:
-    axes_text = text[text.index("[") + 1 : text.index("]")]
-    names = re.findall(r"'?([\w.\-]+)'?=(\d+)", axes_text)
-    sizes = [int(size) for _, size in names]
-    devices = np.arange(math.prod(sizes))
-    start = text.find("device_ids=(")
-    if start >= 0:
-        ids = text[start + len("device_ids=(") : text.index("{", start)]
-        iota = re.search(r"\[([\d,]+)\]T\(([\d,]+)\)", ids)
-        if iota is not None:  # [4,2]T(1,0), with or without the shape before "<="
-            dims_text, order = iota[1].split(","), iota[2].split(",")
-            devices = devices.reshape([int(x) for x in dims_text])
-            devices = devices.transpose([int(x) for x in order]).reshape(-1)
-        else:
-            listed = [int(x) for x in re.findall(r"\d+", ids)]
-            devices = np.asarray(listed[-len(devices) :])
-    chosen = re.findall(
-        r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?", text[text.rindex("{") + 1 : text.rindex("}")]
-    )
-    # Split every axis that is used in part into (pre, size, post), then move the chosen last.
-    dims: list[int] = []
-    position: dict[tuple[str, int], int] = {}
-    for name, size in names:
-        cuts = sorted({(int(pre), int(part)) for n, pre, part in chosen if n == name and pre})
-        if not cuts:
-            position[name, 0] = len(dims)
-            dims.append(int(size))
-            continue
-        covered = 1
-        for pre, part in cuts:
-            if pre > covered:
-                dims.append(pre // covered)
-            position[name, pre] = len(dims)
-            dims.append(part)
-            covered = pre * part
-        if int(size) > covered:
-            dims.append(int(size) // covered)
-    grouped = [position[name, int(pre) if pre else 0] for name, pre, _ in chosen]
-    others = [d for d in range(len(dims)) if d not in grouped]
-    width = math.prod(dims[d] for d in grouped)
-    return devices.reshape(dims).transpose(others + grouped).reshape(-1, width)
-
-
-def _through_fusion(module: Module, instruction: Instruction) -> Instruction | None:
-    body = instruction.called.get("calls")
-    if instruction.opcode == "fusion" and body in module.computations:
-        return module.computations[body].root
-    return instruction
-
-
-def _resolve(computation: Computation, name: str) -> Instruction | None:
-    """The instruction behind copies, bitcasts and conversions."""
-    instruction = computation.by_name.get(name)
-    while instruction is not None and instruction.opcode in (
-        "copy",
-        "bitcast",
-        "convert",
-        "copy-done",
-        "copy-start",
-    ):
-        if not instruction.operands:
-            return None
-        instruction = computation.by_name.get(instruction.operands[0])
-    return instruction
-
-
-def _value(module: Module, computation: Computation, name: str) -> int | None:
-    """The integer a name stands for, where it is a constant."""
-    instruction = _resolve(computation, name)
-    if instruction is None or instruction.opcode != "constant":
-        return None
-    match = re.fullmatch(r"\{?\s*(-?\d+)\s*\}?", instruction.arguments_text)
-    return int(match[1]) if match else None
-
-
-def _tuple_index(computation: Computation, name: str) -> int | None:
-    instruction = _resolve(computation, name)
-    if instruction is None or instruction.opcode != "get-tuple-element":
-        return None
-    index = instruction.attribute("index")
-    return int(index) if index is not None else None
-
-
-def _initial(module: Module, caller: Computation, loop: Instruction, index: int) -> int | None:
-    source = _resolve(caller, loop.operands[0])
-    if source is None or source.opcode != "tuple" or index >= len(source.operands):
-        return None
-    return _value(module, caller, source.operands[index])
-
-
-def _step(module: Module, body: Computation, index: int) -> int | None:
-    """What one iteration adds to tuple element ``index``, following chains of additions."""
-    root = body.root
-    if root.opcode != "tuple" or index >= len(root.operands):
-        return None
-    total, name = 0, root.operands[index]
-    for _ in range(16):
-        instruction = _resolve(body, name)
-        if instruction is None:
-            return None
-        if instruction.opcode == "get-tuple-element":
-            return total if _tuple_index(body, name) == index and total > 0 else None
-        scope, arguments = body, instruction.operands
-        if instruction.opcode == "fusion":
-            scope = module.computations[instruction.called["calls"]]
-            inner = scope.root
-            if inner.opcode != "add":
-                return None
-            parameters = {
-                i.name: int(i.arguments_text) for i in scope.instructions if i.opcode == "parameter"
-            }
-            values = [_value(module, scope, o) for o in inner.operands]
-            names = [
-                instruction.operands[parameters[o]] if o in parameters else None
-                for o in inner.operands
-            ]
-        elif instruction.opcode == "add":
-            values = [_value(module, scope, o) for o in arguments]
-            names = list(arguments)
-        else:
-            return None
-        values = [
-            v if v is not None or n is None else _value(module, body, n)
-            for v, n in zip(values, names)
-        ]
-        if values[1] is not None and names[0] is not None:
-            total, name = total + values[1], names[0]
-        elif values[0] is not None and names[1] is not None:
-            total, name = total + values[0], names[1]
-        else:
-            return None
-    return None

@@ -22,7 +22,7 @@ from cost_model.cluster import PhysicalAxis
 from cost_model.collectives import collective_cost
 from cost_model.layout import Factor, MeshLayout
 from graphs.mesh import LogicalMesh
-from placement.hlo import Collective
+from placement.hlo_collectives import Collective
 from placement.schedule import Chip, CollectiveTimer, Timed
 
 _KINDS = {

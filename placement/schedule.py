@@ -31,15 +31,16 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
-from placement.hlo import (
-    COLLECTIVE_KINDS,
+from placement.hlo import Computation, Instruction, Module
+from placement.hlo_collectives import (
     Collective,
-    Computation,
-    Instruction,
-    Module,
+    async_fusion_phase,
     collective_of,
-    trip_count,
+    ring_length,
+    windowed_kind,
 )
+from placement.hlo_flops import matmul_flops
+from placement.hlo_loops import trip_count
 
 ABSURD_RATIO = 50.0
 ABSURD_TIME_S = 0.02
@@ -62,8 +63,6 @@ _FREE_CUSTOM_CALLS = (
     "SPMDShardToFullShape",
 )
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
-_DIM_LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
-_CONTRACTING = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -280,7 +279,7 @@ class _Walk:
     def communicate(
         self, scope: Computation, i: Instruction, what: Collective, cost: Timed
     ) -> None:
-        phase, channel = _async_fusion_phase(self.module, i)
+        phase, channel = async_fusion_phase(self.module, i)
         if phase is not None:
             flight = f"channel {channel}"
             if phase == "start":
@@ -312,9 +311,9 @@ class _Walk:
         self._add(self.counts, what.kind, 1)
         kind, payload = what.kind, float(what.payload_bytes)
         if kind == "collective-permute":
-            windowed = _windowed_kind(scope, what)
+            windowed = windowed_kind(scope, what)
             if windowed is not None:
-                ring = _ring_length(what.pairs)
+                ring = ring_length(what.pairs)
                 kind, payload = windowed, payload * ring / max(1, ring - 1)
         self._add(self.logical_bytes, kind, payload)
 
@@ -372,7 +371,7 @@ class _Walk:
                 moved += sum(a.size_bytes for a in source.arrays if a.memory_space == 0)
         if i.opcode in ("dynamic-update-slice", "gather", "scatter", "dynamic-slice"):
             moved = 2 * min(moved, i.result_bytes)
-        flops = _flops(self.module, scope, i)
+        flops = matmul_flops(self.module, scope, i)
         return max(
             moved / self.chip.memory_bandwidth_bytes_per_s, flops / self.chip.peak_flops_per_s
         )
@@ -389,82 +388,3 @@ class _Walk:
         """What is still in flight at the end must end too."""
         for name, end in list(self.in_flight.items()):
             self.wait(end, network=name in self.network_names or name.startswith("channel"))
-
-
-def _async_fusion_phase(module: Module, i: Instruction) -> tuple[str | None, int | None]:
-    """Where in an async_collective_fusion this fusion stands: start, fused or done."""
-    if i.opcode != "fusion":
-        return None, None
-    body = module.computations.get(i.called.get("calls", ""))
-    if body is None:
-        return None, None
-    inner = next((x for x in body.instructions if x.opcode in COLLECTIVE_KINDS), None)
-    if inner is None or "async_collective_fusion_config" not in inner.attributes_text:
-        return None, None
-    targets = {
-        match[1]
-        for x in body.instructions
-        if x.opcode == "custom-call" and (match := _TARGET.search(x.attributes_text))
-    }
-    if "AsyncCollectiveStart" in targets:
-        return "start", inner.channel_id
-    if "AsyncCollectiveDone" in targets:
-        return "done", inner.channel_id
-    return "fused", inner.channel_id
-
-
-def _windowed_kind(scope: Computation, what: Collective) -> str | None:
-    """all-gather or reduce-scatter if this permute is a step of a windowed matmul."""
-    if not what.op_name.endswith("dot_general") or _ring_length(what.pairs) < 2:
-        return None
-    if "windowed_dot_general_body_ag" in scope.name:
-        return "all-gather"
-    if "windowed_dot_general_body_rs" in scope.name:
-        return "reduce-scatter"
-    # Prologue, epilogue and unrolled windows: a reduction permutes what it has just added up.
-    seen, name = 0, what.name
-    instruction = scope.by_name.get(name)
-    while instruction is not None and seen < 6 and instruction.operands:
-        source = scope.by_name.get(instruction.operands[0])
-        if source is None:
-            break
-        if source.opcode in ("broadcast", "add") or "add" in source.name:
-            return "reduce-scatter"
-        if source.opcode == "while" or "windowed" in source.attributes_text:
-            return "reduce-scatter" if "_rs" in source.attributes_text else "all-gather"
-        instruction, seen = source, seen + 1
-    return "all-gather"
-
-
-def _ring_length(pairs: tuple[tuple[int, int], ...]) -> int:
-    """Length of the cycle through the first source, 0 if the pairs do not close."""
-    following = dict(pairs)
-    if not following:
-        return 0
-    start = pairs[0][0]
-    device, length = following[start], 1
-    while device != start:
-        if device not in following or length > len(following):
-            return 0
-        device, length = following[device], length + 1
-    return length
-
-
-def _flops(module: Module, scope: Computation, i: Instruction) -> float:
-    """Multiply-adds times two of the matmuls in a kernel (dot, convolution), fusions entered."""
-    body = module.computations.get(i.called.get("calls", ""))
-    if body is not None:
-        return sum(_flops(module, body, x) for x in body.instructions)
-    if i.opcode not in ("dot", "convolution") or len(i.operands) < 2 or not i.arrays:
-        return 0.0
-    output = math.prod(i.arrays[0].shape)
-    lhs, rhs = (scope.by_name.get(name) for name in i.operands[:2])
-    if i.opcode == "dot" and lhs is not None and lhs.arrays:
-        dims = _CONTRACTING.search(i.attributes_text)
-        contracted = [int(d) for d in dims[1].split(",") if d] if dims else []
-        return 2.0 * output * math.prod(lhs.arrays[0].shape[d] for d in contracted)
-    labels = _DIM_LABELS.search(i.attributes_text)
-    if rhs is None or not rhs.arrays or labels is None or "o" not in labels[1]:
-        return 0.0
-    shape = rhs.arrays[0].shape
-    return 2.0 * output * math.prod(shape) / max(1, shape[labels[1].index("o")])

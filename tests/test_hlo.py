@@ -6,6 +6,8 @@ import pytest
 
 from graphs.errors import MeshwrightError
 from placement import hlo
+from placement.hlo_collectives import collective_of, parse_groups
+from placement.hlo_loops import trip_count
 
 MODULE = """\
 HloModule jit_step, is_scheduled=true, num_partitions=8
@@ -98,7 +100,7 @@ def test_cycles_and_the_unknown(module):
 def test_trip_count_uses_start_limit_and_step(module):
     # 1, 3, 5, 7: the counter starts at 1, steps by 2 and stays below 9.
     loop = find(module, "loop")
-    assert hlo.trip_count(module, module.entry_computation, loop) == 4
+    assert trip_count(module, module.entry_computation, loop) == 4
 
 
 def test_trip_count_of_known_loops():
@@ -107,17 +109,17 @@ def test_trip_count_of_known_loops():
         'backend_config={"known_trip_count":{"n":"7"}}',
     )
     module = hlo.parse_module(text)
-    assert hlo.trip_count(module, module.entry_computation, find(module, "loop")) == 7
+    assert trip_count(module, module.entry_computation, find(module, "loop")) == 7
 
 
 def test_trip_count_is_none_where_the_limit_is_data():
     text = MODULE.replace("%limit = s32[]{:T(128)} constant(9)", "%limit = s32[] parameter(1)")
     module = hlo.parse_module(text)
-    assert hlo.trip_count(module, module.entry_computation, find(module, "loop")) is None
+    assert trip_count(module, module.entry_computation, find(module, "loop")) is None
 
 
 def test_reduce_scatter_of_tpu_is_recognised(module):
-    found = hlo.collective_of(module, find(module, "scattered"))
+    found = collective_of(module, find(module, "scattered"))
     assert found is not None
     assert found.kind == "reduce-scatter"
     assert (found.operand_bytes, found.result_bytes) == (16 * 64 * 2, 4 * 64 * 2)
@@ -127,7 +129,7 @@ def test_reduce_scatter_of_tpu_is_recognised(module):
 
 
 def test_permute_start_has_one_payload_and_done_none(module):
-    found = hlo.collective_of(module, find(module, "permute-start.2"))
+    found = collective_of(module, find(module, "permute-start.2"))
     assert found is not None
     assert (found.kind, found.operand_bytes, found.result_bytes) == (
         "collective-permute",
@@ -135,8 +137,8 @@ def test_permute_start_has_one_payload_and_done_none(module):
         2048,
     )
     assert found.pairs == ((0, 1), (1, 2), (2, 0))
-    assert hlo.collective_of(module, find(module, "permute-done.2")) is None
-    assert hlo.collective_of(module, find(module, "kernel")) is None
+    assert collective_of(module, find(module, "permute-done.2")) is None
+    assert collective_of(module, find(module, "kernel")) is None
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_permute_start_has_one_payload_and_done_none(module):
     ],
 )
 def test_groups_in_every_notation(text, expected):
-    groups = hlo.parse_groups(text)
+    groups = parse_groups(text)
     assert groups is not None
     assert sorted(map(sorted, groups.tolist())) == expected
 
@@ -167,17 +169,17 @@ def test_mesh_groups_with_device_ids_are_read_whole():
         "replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]<=[4,2]T(1,0)) {'b'}",
     )
     module = hlo.parse_module(text)
-    found = hlo.collective_of(module, module.computations["body"].by_name["y"])
+    found = collective_of(module, module.computations["body"].by_name["y"])
     assert found is not None and found.groups is not None
     assert found.groups.tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
 def test_no_groups_means_everyone():
-    assert hlo.parse_groups("{}") is None
+    assert parse_groups("{}") is None
 
 
 def test_iota_groups_partition_the_devices():
-    groups = hlo.parse_groups("[8,4]<=[2,4,4]T(0,2,1)")
+    groups = parse_groups("[8,4]<=[2,4,4]T(0,2,1)")
     assert groups is not None
     assert np.array_equal(np.sort(groups.reshape(-1)), np.arange(32))
 

@@ -13,6 +13,7 @@ from cost_model.cluster import parse_cluster
 from cost_model.collectives import collective_time_s
 from cost_model.layout import layout_for
 from placement import hlo
+from placement.hlo_collectives import Collective, parse_groups
 from placement.network import axes_of_group, layout_timer
 from placement.schedule import Chip, Timed, schedule
 
@@ -191,13 +192,13 @@ LAYOUT = layout_for(parse_cluster("v5e:4x4"), {"data": 4, "model": 4})
 )
 @pytest.mark.parametrize("kind", ["all-reduce", "all-gather", "reduce-scatter", "all-to-all"])
 def test_groups_are_costed_on_the_axes_they_span(groups, axes, kind):
-    collective = hlo.Collective(
+    collective = Collective(
         kind=kind,
         name="c",
         operand_bytes=1 << 20,
         result_bytes=1 << 20,
         dtype="bf16",
-        groups=hlo.parse_groups(groups),
+        groups=parse_groups(groups),
         pairs=(),
         op_name="",
     )
@@ -207,7 +208,7 @@ def test_groups_are_costed_on_the_axes_they_span(groups, axes, kind):
 
 def test_a_part_of_an_axis_is_a_split_layout_with_the_same_devices():
     layout = layout_for(parse_cluster("v5e:4x4"), {"data": 16})
-    groups = hlo.parse_groups("[4,4]<=[4,4]T(1,0)")
+    groups = parse_groups("[4,4]<=[4,4]T(1,0)")
     assert groups is not None
     finer, axes = axes_of_group(layout, groups[0])
     assert [finer.mesh.axis_sizes[a] for a in axes] == [4]
@@ -215,7 +216,7 @@ def test_a_part_of_an_axis_is_a_split_layout_with_the_same_devices():
 
 
 def permute(pairs, n_bytes=1 << 20):
-    return hlo.Collective(
+    return Collective(
         kind="collective-permute",
         name="p",
         operand_bytes=n_bytes,

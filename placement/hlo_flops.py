@@ -1,0 +1,31 @@
+"""Floating-point operations of compiled kernels, for those that the compiler does not time."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from placement.hlo import Computation, Instruction, Module
+
+_DIM_LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
+_CONTRACTING = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+
+
+def matmul_flops(module: Module, scope: Computation, i: Instruction) -> float:
+    """Multiply-adds times two of the matmuls in a kernel (dot, convolution), fusions entered."""
+    body = module.computations.get(i.called.get("calls", ""))
+    if body is not None:
+        return sum(matmul_flops(module, body, x) for x in body.instructions)
+    if i.opcode not in ("dot", "convolution") or len(i.operands) < 2 or not i.arrays:
+        return 0.0
+    output = math.prod(i.arrays[0].shape)
+    lhs, rhs = (scope.by_name.get(name) for name in i.operands[:2])
+    if i.opcode == "dot" and lhs is not None and lhs.arrays:
+        dims = _CONTRACTING.search(i.attributes_text)
+        contracted = [int(d) for d in dims[1].split(",") if d] if dims else []
+        return 2.0 * output * math.prod(lhs.arrays[0].shape[d] for d in contracted)
+    labels = _DIM_LABELS.search(i.attributes_text)
+    if rhs is None or not rhs.arrays or labels is None or "o" not in labels[1]:
+        return 0.0
+    shape = rhs.arrays[0].shape
+    return 2.0 * output * math.prod(shape) / max(1, shape[labels[1].index("o")])

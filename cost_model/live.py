@@ -103,7 +103,7 @@ def usage_entries(
                 continue
             specs = menu.specs(dims, result=item.kind == HEAVY)
             if t in inputs:
-                    add(g, t, specs, (0, end), "state" if t in kept_inputs else "other")
+                add(g, t, specs, (0, end), "state" if t in kept_inputs else "other")
                 continue
             if t in aliased or last[t] < 0:
                 continue

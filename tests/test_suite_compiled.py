@@ -10,16 +10,17 @@ from cost_model.cluster import parse_cluster
 from graphs.errors import MeshwrightError
 from graphs.zoo import ModelConfig
 from placement import suite_compiled as suite
+from placement.suite_rows import Row, summarize
 
 TIMES = {"plan": 0.8, "autosharding": 1.6, "fsdp": 1.0, "megatron": 2.0}
 
 
 def row(case, optimizer, *, status="ok", step_time_s=None):
-    blank = {f.name: None for f in dataclasses.fields(suite.Row)}
+    blank = {f.name: None for f in dataclasses.fields(Row)}
     blank |= dict(case=case, cluster="v5e:4x4", optimizer=optimizer, status=status, message="")
     blank |= dict(mesh_shape="data=16", kernels=1, unknown_kernels=0, full_rematerializations=0)
     blank |= dict(versions="jax==1", step_time_s=step_time_s)
-    return suite.Row(**blank)
+    return Row(**blank)
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_means_are_geometric_over_the_cases_that_have_both():
         row("c", "fsdp", status="out_of_memory"),
         row("c", "autosharding", status="error"),
     ]
-    summary = suite.summarize(rows)
+    summary = summarize(rows)
     assert summary["geometric_mean_against_rules"] == pytest.approx(1.0)
     assert summary["worst_against_rules"] == pytest.approx(2.0)
     assert summary["geometric_mean_against_peer"] is None

@@ -23,7 +23,7 @@ from cost_model.operators import (
     materialised,
     windowed_s,
 )
-from cost_model.pricing import Pricing, reshard
+from cost_model.pricing import Pricing, Reshard, reshard
 from cost_model.problem import Problem
 from graphs.choices import Choices, choices_of
 from graphs.fold import fold
@@ -191,6 +191,7 @@ _PHASE = {RESHARD: 0, COMPUTE: 1, COLLECTIVE: 2}
 def _charge(event: Event, i: int, weight: float, nodes, edges) -> None:
     """Add a reshard from node i to the costs."""
     j = event.node
+    assert event.rows is not None and event.columns is not None
     if i == j:
         nodes[i] = nodes[i] + weight * event.seconds[event.rows, event.columns]
         return
@@ -275,7 +276,7 @@ def _unique(specs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _reshards(grouping, node_of, choices, pricing, times):
     """Every resharding that can take time: (event, source node, trips)."""
     graph = grouping.graph
-    priced: dict[tuple, tuple] = {}
+    priced: dict[tuple, Reshard] = {}
     spec_cache: dict[tuple, tuple] = {}
 
     def unique(key, make):

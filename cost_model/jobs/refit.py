@@ -17,7 +17,9 @@ def refit(rows: typing.Sequence[Run], folder: pathlib.Path) -> tuple[Constants, 
     """Constants from the fitted half, bands from the held-out half; written to the folder as
     constants.yaml and bands.yaml."""
     all_rows = tuple(rows)
-    fitted = fit.fit_memory(all_rows, fit.fit(all_rows, constants.load()))
+    shipped = constants.load()
+    priors = shipped.with_values({entry.key: entry.prior for entry in shipped.entries})
+    fitted = fit.fit(all_rows, fit.fit_memory(all_rows, priors))
     fit.save(fitted, folder / "constants.yaml")
     held = [p for p in score.timed(predict.predict_runs(all_rows, fitted)) if not p.run.fitted]
     residual = np.array(

@@ -327,3 +327,36 @@ def gather_usages(usages, usage_offsets, usage_nodes, map_at, maps, group, core_
         for a in range(k):
             amounts[slot_at[slot[u]] + a] += usages[usage_offsets[u] + maps[map_at[i] + a]]
     return amounts
+
+
+@_compile
+def usage_steps(event_time, event_owner, event_entry, event_sign, slot_at, amounts, n_points):
+    """[n_points] greatest and least possible change of usage from each time point to the next.
+
+    Events are sorted by time, then owner; one owner's entries change together, which is what makes
+    a tensor that replaces another of its size no change at all.
+    """
+    most = np.zeros(n_points)
+    least = np.zeros(n_points)
+    widest = 1
+    for u in range(len(slot_at) - 1):
+        widest = max(widest, slot_at[u + 1] - slot_at[u])
+    net = np.zeros(widest)
+    e = 0
+    while e < len(event_time):
+        t, owner = event_time[e], event_owner[e]
+        k = slot_at[event_entry[e] + 1] - slot_at[event_entry[e]]
+        net[:k] = 0.0
+        while e < len(event_time) and event_time[e] == t and event_owner[e] == owner:
+            at = slot_at[event_entry[e]]
+            for a in range(k):
+                net[a] += event_sign[e] * amounts[at + a]
+            e += 1
+        if 0 < t < n_points:
+            high, low = net[0], net[0]
+            for a in range(1, k):
+                high = max(high, net[a])
+                low = min(low, net[a])
+            most[t - 1] += high
+            least[t - 1] += low
+    return most, least

@@ -20,6 +20,9 @@ from graphs.errors import InfeasibleError
 from placement.solver import _build
 
 
+_WORTH_REPEATING = 0.98
+
+
 class Core(NamedTuple):
     """N nodes with K_i kept strategies, D = 2E directed edges grouped by owner, T time points."""
 
@@ -231,9 +234,14 @@ def _usages(
             f"{p.name!r} needs at least {base.max():g} bytes at its peak and the usage limit is "
             f"{p.usage_limit:g}; raise the limit"
         )
-    binding = _pile(first, last, most, len(points)) > p.usage_limit
-    rank = np.concatenate([[0], np.cumsum(binding)])
-    first, last = rank[first], rank[last]
+    kept = np.flatnonzero(_pile(first, last, most, len(points)) > p.usage_limit)
+    first, last = np.searchsorted(kept, first), np.searchsorted(kept, last)
+    while len(kept):
+        greatest = ~_implied(first, last, owner, slot_at, amounts, len(kept))
+        rank = np.concatenate([[0], np.cumsum(greatest)])
+        kept, first, last = kept[greatest], rank[first], rank[last]
+        if rank[-1] > _WORTH_REPEATING * len(greatest):
+            break
     amounts -= np.repeat(least, sizes)
     chosen = np.flatnonzero((most > least) & (first < last))
     return {
@@ -242,7 +250,7 @@ def _usages(
         "use_to": last[chosen].astype(np.int32),
         "use_value": slot_at[:-1][chosen],
         "amounts": amounts,
-        "fixed": base[binding],
+        "fixed": base[kept],
         "limit": float(p.usage_limit),
     }
 
@@ -260,6 +268,29 @@ def _starts(sizes: np.ndarray) -> np.ndarray:
     starts = np.zeros(len(sizes) + 1, dtype=np.int64)
     np.cumsum(sizes, out=starts[1:])
     return starts
+
+
+def _implied(
+    first: np.ndarray,
+    last: np.ndarray,
+    owner: np.ndarray,
+    slot_at: np.ndarray,
+    amounts: np.ndarray,
+    n_points: int,
+) -> np.ndarray:
+    """[T] whether a neighbouring time point uses at least as much, whatever is chosen."""
+    live = np.flatnonzero(first < last)
+    time = np.concatenate([first[live], last[live]])
+    entry = np.concatenate([live, live])
+    sign = np.repeat([1.0, -1.0], len(live))
+    order = np.lexsort((owner[entry], time))
+    entry = entry[order]
+    most, least = _build.usage_steps(
+        time[order], owner[entry], entry, sign[order], slot_at, amounts, n_points
+    )
+    by_next = np.append(least[:-1] >= 0.0, False)
+    by_previous = np.append(False, (most[:-1] <= 0.0) & ~by_next[:-1])
+    return by_next | by_previous
 
 
 def _maximal_times(times: np.ndarray) -> np.ndarray:

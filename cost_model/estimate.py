@@ -55,11 +55,12 @@ def estimate(simulator: Simulator, assignment: np.ndarray) -> Estimate:
     step, compute, comm = (float(x) for x in simulator(assignment)[0])
     times = tables.grouping.graph.multiplicities()
     by_class: dict[str, float] = {}
-    by_kind = dict.fromkeys(KINDS, 0.0)
+    by_kind: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     by_purpose: dict[str, float] = {}
     for e in tables.events:
         pick: Any = int(assignment[e.node])
         if e.kind == RESHARD:
+            assert e.rows is not None and e.columns is not None
             pick = (int(e.rows[assignment[e.source]]), int(e.columns[assignment[e.node]]))
         seconds = float(e.seconds[pick]) * times[e.region]
         if e.kind == COMPUTE:
@@ -67,6 +68,7 @@ def estimate(simulator: Simulator, assignment: np.ndarray) -> Estimate:
             continue
         if seconds > 0:
             by_purpose[e.label] = by_purpose.get(e.label, 0.0) + seconds
+        assert e.n_bytes is not None
         values = e.n_bytes[(slice(None), *np.atleast_1d(pick))]
         for kind, amount in zip(KINDS, values):
             by_kind[kind] += float(amount) * times[e.region]

@@ -98,7 +98,9 @@ def _local_contraction(
         "m": (left & out) - right,
         "n": (right & out) - left,
     }
-    full = {name: math.prod(rule.sizes[f] for f in fs) for name, fs in roles.items()}
+    full: dict[str, float] = {
+        name: math.prod(rule.sizes[f] for f in fs) for name, fs in roles.items()
+    }
     if op.primitive != "dot_general":  # ragged rows are whole: their groups are data
         full["m"] = max(1.0, rule.flops / (2.0 * full["b"] * full["k"] * full["n"]))
     classes = {

@@ -68,6 +68,7 @@ class Simulator:
                 at += e.seconds.size
             offset.append(shared[key])
             if e.kind == RESHARD:
+                assert e.rows is not None and e.columns is not None
                 n_columns.append(e.seconds.shape[1])
                 if id(e.rows) not in row_at_of:
                     row_at_of[id(e.rows)] = row_at

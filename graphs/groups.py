@@ -157,7 +157,7 @@ class _Joiner:
         self.parent: list[int] = []  # union-find parent of each dimension node
         self.size: list[int] = []
         self.whole: list[bool] = []
-        self.members: list[set[int] | None] = []  # tensors with a dimension in the class
+        self.members: list[set[int]] = []  # tensors with a dimension in the class
         for t in range(n):
             self.rank.append(self._nodes(graph.tensors[t].shape, t))
         self.views: list[tuple[int, int, int, int]] = []  # (item, tensor, region, op)
@@ -253,7 +253,7 @@ class _Joiner:
                 ra, rb = rb, ra
             self.parent[rb] = ra
             self.members[ra] |= self.members[rb]
-            self.members[rb] = None
+            self.members[rb] = set()
             self.size[ra] = math.gcd(self.size[ra], self.size[rb])
             self.whole[ra] = self.whole[ra] or self.whole[rb]
         return True

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.core import eval_jaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
 from graphs._jaxpr import called_jaxpr, open_jaxpr
@@ -219,7 +220,7 @@ class _Walker:
         first = (self.n_tensors, self.n_ops)
 
         def test(state):
-            return jax.core.eval_jaxpr(cond, cond_consts, *cond_args, *state)[0]
+            return eval_jaxpr(cond, cond_consts, *cond_args, *state)[0]
 
         def step(state):
             self._rewind(first, results)
@@ -254,7 +255,7 @@ class _Walker:
 
             jaxprs.append(jax.make_jaxpr(run)(*flat))
         index, _ = args[0]
-        calls = [lambda *v, j=j: jax.core.eval_jaxpr(j.jaxpr, j.consts, *v) for j in jaxprs]
+        calls = [lambda *v, j=j: eval_jaxpr(j.jaxpr, j.consts, *v) for j in jaxprs]
         outs = jax.lax.switch(index, calls, *flat)
         pairs = []
         for x in outs:

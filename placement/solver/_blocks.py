@@ -242,7 +242,8 @@ def search(
                 left > 0.0 and state[3] > left
             ):
                 state[2], state[3] = state[0], left
-                best_x[:] = x
+                for i in range(n):
+                    best_x[i] = x[i]
         for t in range(low_t, high_t + 1):
             change[t] = 0.0
     return scored
@@ -294,13 +295,12 @@ def cross(core, x, use, y, state, passes):
                 if label[j] < 0 or i < j:
                     rise[q] += core.cells[core.table[d] + y[j] * k + y[i]]
                     rise[q] -= core.cells[core.table[d] + x[j] * k + x[i]]
-    order = np.argsort(rise)
     done = np.zeros(n_parts, dtype=np.bool_)
     change = np.zeros(n_times + 1)
     taken = 0
     for _ in range(passes):
         moved = False
-        for q in order:
+        for q in range(n_parts):
             if done[q] or rise[q] >= 0.0:
                 continue
             low_t, high_t = n_times, 0

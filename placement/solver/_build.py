@@ -118,14 +118,17 @@ def find_classes(offsets, edge_nodes, edge_offsets, edge_costs, forbidden, const
         if not constrains[e] or count[i] != count[j] or count[i] == 1:
             continue
         partner = _partners(
-            offsets, edge_nodes, edge_offsets, edge_costs, forbidden, alive, e, True
+            offsets, edge_nodes, edge_offsets, edge_costs, forbidden, alive, e, i >= 0
         )
         if len(partner) > 0:
             tied[e] = True
             degree[i + 1] += 1
             degree[j + 1] += 1
-    start = np.cumsum(degree)
-    fill = start[:-1].copy()
+    start = degree  # Sums in plain loops: array expressions take seconds to compile.
+    fill = np.empty(n, dtype=np.int64)
+    for i in range(n):
+        start[i + 1] += start[i]
+        fill[i] = start[i]
     incident = np.empty(start[-1], dtype=np.int64)
     for e in range(n_edges):
         if tied[e]:
@@ -134,7 +137,8 @@ def find_classes(offsets, edge_nodes, edge_offsets, edge_costs, forbidden, const
                 incident[fill[i]] = e
                 fill[i] += 1
     map_at = np.zeros(n + 1, dtype=np.int64)
-    map_at[1:] = np.cumsum(count)
+    for i in range(n):
+        map_at[i + 1] = map_at[i] + count[i]
     maps = np.empty(map_at[-1], dtype=np.int32)
     root = np.full(n, -1, dtype=np.int64)
     queue = np.empty(n, dtype=np.int64)
@@ -346,7 +350,8 @@ def usage_steps(event_time, event_owner, event_entry, event_sign, slot_at, amoun
     while e < len(event_time):
         t, owner = event_time[e], event_owner[e]
         k = slot_at[event_entry[e] + 1] - slot_at[event_entry[e]]
-        net[:k] = 0.0
+        for a in range(k):
+            net[a] = 0.0
         while e < len(event_time) and event_time[e] == t and event_owner[e] == owner:
             at = slot_at[event_entry[e]]
             for a in range(k):

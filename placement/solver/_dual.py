@@ -67,7 +67,8 @@ def penalise(core, multipliers, scale, costs):
     prefix[0] = 0.0
     for t in range(n_times):
         prefix[t + 1] = prefix[t] + multipliers[t]
-    costs[:] = core.unary
+    for s in range(len(costs)):  # Array assignment would take seconds to compile.
+        costs[s] = core.unary[s]
     for i in range(len(core.offsets) - 1):
         first = core.offsets[i]
         k = core.offsets[i + 1] - first
@@ -203,6 +204,12 @@ def cost_of(core, x):
 
 
 @_compile
+def _copy(source, target):
+    for t in range(len(source)):
+        target[t] = source[t]
+
+
+@_compile
 def ascend(core, order, rank, is_tree, messages, state, n_steps, target):
     """Raise the dual bound for ``n_steps`` steps, changing messages and state in place.
 
@@ -220,8 +227,8 @@ def ascend(core, order, rank, is_tree, messages, state, n_steps, target):
         scalars[5] += 1.0
         bound = 0.0
         for _ in range(n_sweeps):
-            sweep(core, costs, order, rank, is_tree, messages, True)
-            bound = sweep(core, costs, order, rank, is_tree, messages, False)
+            for half in range(2):
+                bound = sweep(core, costs, order, rank, is_tree, messages, half == 0)
         priced = 0.0
         for t in range(n_times):
             bound -= multipliers[t] * (core.limit - core.fixed[t])
@@ -236,11 +243,11 @@ def ascend(core, order, rank, is_tree, messages, state, n_steps, target):
             excess = 0.0
             if scalars[4] > 0.0 or cost < scalars[3]:
                 scalars[3], scalars[4] = cost, 0.0
-                best_x[:] = x
+                _copy(x, best_x)
                 target = min(target, cost)
         elif scalars[4] > 0.0 and excess < scalars[4]:
             scalars[3], scalars[4] = cost, excess
-            best_x[:] = x
+            _copy(x, best_x)
         if bound > scalars[0] + 1e-5 * abs(scalars[0]):
             scalars[2] = 0.0
             scalars[1] = min(1.0, scalars[1] * 1.05)
@@ -248,19 +255,20 @@ def ascend(core, order, rank, is_tree, messages, state, n_steps, target):
             scalars[2] += 1.0
         if bound > scalars[0]:
             scalars[0] = bound
-            best_multipliers[:] = multipliers
+            _copy(multipliers, best_multipliers)
             if target < np.inf and target - bound <= 1e-7 * abs(target):
                 return done + 1
         if priced == 0.0:
             if excess > 0.0:
                 # Small against the costs, and equal at all times: usage decides what grows.
                 start = 1e-4 * max(abs(bound), 1e-3 * abs(cost)) / core.limit / n_times
-                multipliers[:] = start
+                for t in range(n_times):
+                    multipliers[t] = start
             continue
         if scalars[2] >= 8.0:
             scalars[2] = 0.0
             scalars[1] = max(0.7 * scalars[1], 1e-3)
-            multipliers[:] = best_multipliers
+            _copy(best_multipliers, multipliers)
             continue
         highest = 0.0
         lift = max(1.0, 0.25 * core.limit / excess) if excess > 0.0 else 1.0

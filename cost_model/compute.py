@@ -154,7 +154,7 @@ def matmul_time_s(
     shape = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (batch, m, k, n)))
     b, m, k, n = shape
     size, out = item_bytes(dtype), item_bytes(out_dtype or dtype)
-    fit = load_calibration(device.name)
+    fit = load_calibration(device.calibration)
     cycles = matmul_cycles(device, fit.constants["matmul"], b, m, k, n, size, out, turned, dtype)
     if "matmul" in fit.neighbours:
         features = matmul_features(b, m, k, n, size, out, turned)
@@ -295,7 +295,7 @@ def elementwise_time_s(
     """
     n_bytes, work = np.asarray(n_bytes, dtype=np.float64), np.asarray(vector_flops, np.float64)
     passes = np.asarray(pass_elements, dtype=np.float64)
-    c = load_calibration(device.name).constants["vector"]
+    c = load_calibration(device.calibration).constants["vector"]
     cycles = loop_cycles(device, c, n_bytes, work, passes)
     return np.where(n_bytes + work + passes > 0, cycles / device.core_clock_hz, 0.0)
 
@@ -325,7 +325,7 @@ def attention_time_s(
     q, kv = np.asarray(q_len, dtype=np.float64), np.asarray(kv_len, dtype=np.float64)
     d = np.asarray(head_dim, dtype=np.float64)
     registers = pairs * np.ceil(q / 8) * np.ceil(kv / 128)
-    fit = load_calibration(device.name)
+    fit = load_calibration(device.calibration)
     if "attention.full" not in fit.constants:
         inner = matmul_time_s(device, pairs, q, d, kv, dtype)
         outer = matmul_time_s(device, pairs, q, kv, d, dtype)
@@ -352,7 +352,7 @@ def gather_time_s(
         pieces=rows,
         narrow=item_bytes(dtype) < 4,
     )
-    fit = load_calibration(device.name)
+    fit = load_calibration(device.calibration)
     return kernel_cycles(device, fit, "index.gather", work) / device.core_clock_hz
 
 
@@ -362,7 +362,7 @@ def sort_time_s(device: Device, rows: ArrayLike, length: ArrayLike) -> np.ndarra
     depth = np.log2(np.maximum(length, 2))
     registers = np.ceil(rows / 8) * np.ceil(length / 128) * depth * (depth + 1) / 2
     work = Work(n_bytes=8 * rows * length, registers=registers, pieces=rows / 8)
-    fit = load_calibration(device.name)
+    fit = load_calibration(device.calibration)
     return kernel_cycles(device, fit, "sort.sort", work) / device.core_clock_hz
 
 

@@ -55,6 +55,8 @@ class Device:
     """``tpu``, ``gpu`` or ``cpu``."""
     compile_topology: str
     """name under which the compiler knows the part (``v4`` for ``v4_megacore``)."""
+    calibration: str
+    """device whose fitted operator constants apply: its own, or one with the same core."""
     jax_devices_per_chip: int
     """JAX devices listed for one chip, >= 1."""
     peak_flops_per_s: dict[str, float]
@@ -218,7 +220,12 @@ def _build(where: str, values: dict[str, Any], sources: dict[str, str]) -> Devic
         values[key] = {k: v / per_chip for k, v in values.get(key, {}).items()}
     optional = ("idle_power_w", "mean_power_w", "max_power_w", "price_usd_per_h")
     defaults: dict[str, Any] = dict.fromkeys(optional)
-    defaults |= dict(compile_topology=values.get("name"), wrap_rule="none", links_per_device=1)
+    defaults |= dict(
+        compile_topology=values.get("name"),
+        calibration=values.get("name"),
+        wrap_rule="none",
+        links_per_device=1,
+    )
     defaults |= dict.fromkeys(
         (
             "torus_dims",

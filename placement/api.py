@@ -118,6 +118,7 @@ class _Candidate:
     step_time_s: float
     memory_bytes: float
     score: float
+    table_cost_s: float
     table_bound_s: float
 
 
@@ -197,6 +198,7 @@ class _Search:
                 step_time_s=float(step),
                 memory_bytes=memory,
                 score=self._score(float(step), float(compute), memory, layout),
+                table_cost_s=found.table_cost_s,
                 table_bound_s=found.lower_bound_s,
             )
         )
@@ -249,7 +251,9 @@ class _Search:
             operands=operands,
             donate_argnums=donated,
             fingerprint=self.grouping.graph.fingerprint,
-            estimate=estimate(best.simulator, best.choices),
+            estimate=dataclasses.replace(
+                estimate(best.simulator, best.choices), table_cost_s=best.table_cost_s
+            ),
             lower_bound_s=0.0 if self.skipped else min(self.bounds, default=0.0),
             table_bound_s=best.table_bound_s,
             evaluations=self.evaluations,
@@ -296,6 +300,7 @@ class _Search:
 
     def _lean(self) -> None:
         """Nothing fits: add the assignment that holds the least, for each mesh tried."""
+        from cost_model.estimate import table_cost
         from placement.fits import least_memory
 
         for c in list({id(c.layout): c for c in self.candidates}.values()):
@@ -306,6 +311,8 @@ class _Search:
                 dataclasses.replace(
                     c,
                     choices=choices,
+                    table_cost_s=table_cost(c.simulator, choices),
+                    table_bound_s=0.0,
                     memory_bytes=memory,
                     step_time_s=float(step),
                     score=self._score(float(step), float(compute), memory, c.layout),

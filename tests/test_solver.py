@@ -83,7 +83,7 @@ def enumerate_optimum(problem: Problem) -> float:
 def test_small_problems_match_enumeration(seed, n_nodes, density, tightness, forbid):
     problem = random_problem(seed, n_nodes, 4, density, tightness, forbid)
     optimum = enumerate_optimum(problem)
-    found = solver.solve(problem, time_limit_s=2.0, seed=seed)
+    found = solver.solve(problem, time_limit_s=2.0, seed=seed, patient=True)
     if np.isinf(optimum):
         assert not found.feasible
         assert found.status in ("infeasible", "unknown")
@@ -92,7 +92,7 @@ def test_small_problems_match_enumeration(seed, n_nodes, density, tightness, for
     assert problem.is_feasible(found.assignment)
     assert found.cost == problem.cost(found.assignment)
     assert found.lower_bound <= optimum + 1e-6
-    assert optimum <= found.cost <= optimum * 1.02 + 1e-9
+    assert optimum <= found.cost <= optimum + 1e-9
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -66,7 +66,9 @@ def _solve(problem: Problem, run: _Watched, seed: int, optimizer: str) -> Soluti
         return exact(problem, time_limit_s=max(left - 0.2, 0.0))
     from placement.solver.engine import solve
 
-    return solve(problem, time_limit_s=max(left, 0.0), seed=seed, on_progress=run.progress)
+    return solve(
+        problem, time_limit_s=max(left, 0.0), seed=seed, on_progress=run.progress, patient=True
+    )
 
 
 class _Watched:

@@ -19,7 +19,6 @@ from cost_model.problem import FORBIDDEN, Problem
 from graphs.errors import InfeasibleError
 from placement.solver import _build
 
-
 _WORTH_REPEATING = 0.98
 
 

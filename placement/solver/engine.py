@@ -35,16 +35,23 @@ def solve(
     initial: np.ndarray | None = None,
     bound: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
+    patient: bool = False,
 ) -> Solution:
     """Near-optimal assignment with a dual bound.
+
+    ``patient`` spends all of the time while the gap is open, in two threads where there are two
+    processors, with branch and cut where the problem is small enough; otherwise small problems
+    end once nothing has improved for long.
 
     ``initial`` ([N] strategies) is improved upon, never returned worse. With ``max_evaluations``
     everything runs in one thread, and the same seed gives the same answer where the time limit
     does not bind. Even without time left, one round is made, so as to answer.
     """
     start = time.monotonic()
+    from placement.solver.ascent import Ascent
     from placement.solver.core import reduce
     from placement.solver.incumbent import Incumbent
+    from placement.solver.polish import Polish
 
     try:
         reduced = reduce(problem)
@@ -60,12 +67,17 @@ def solve(
     if initial is not None:
         best.offer_assignment(np.asarray(initial))
     large = len(reduced.core.cells) + len(reduced.core.fixed) * 20 >= _LARGE_CELLS
-    improve(problem, best, seed, parallel=large and max_evaluations is None)
+    if large and max_evaluations is None and _two_processors():
+        _race(Ascent(best), Polish(best, seed))
+    else:
+        problem = improve(problem, best, seed)
+        if patient and not best.over():
+            _insist(problem, best, seed)
     return solution_of(problem, best, start, with_bound=bound)
 
 
-def improve(problem: Problem, best, seed: int, *, parallel: bool) -> Problem:
-    """Improve the incumbent; small problems in rounds that drop what its cost rules out.
+def improve(problem: Problem, best, seed: int) -> Problem:
+    """Improve the incumbent in one thread, in rounds that drop what its cost rules out.
 
     Returns the problem without the strategies ruled out: every better assignment lies in it.
     """
@@ -73,12 +85,9 @@ def improve(problem: Problem, best, seed: int, *, parallel: bool) -> Problem:
     from placement.solver.core import reduce
     from placement.solver.polish import Polish
 
-    if parallel and len(os.sched_getaffinity(0)) > 1:
-        _race(Ascent(best), Polish(best, seed))
-        return problem
     while True:
         ascent, polish = Ascent(best), Polish(best, seed)
-        _alternate(ascent, polish, patient=parallel)
+        _alternate(ascent, polish)
         if best.over() or not best.feasible:
             return problem
         useful = ascent.useful()
@@ -93,7 +102,7 @@ def improve(problem: Problem, best, seed: int, *, parallel: bool) -> Problem:
         seed += 1
 
 
-def _alternate(ascent, polish, *, patient: bool) -> None:
+def _alternate(ascent, polish) -> None:
     """Dual steps and local search in turn; at least one round."""
     best = ascent.incumbent
     n_moves = int(min(2000, 20 * len(ascent.order)))
@@ -111,10 +120,41 @@ def _alternate(ascent, polish, *, patient: bool) -> None:
         )
         quiet = 0 if gained else quiet + 1
         near = best.cost - best.bound <= 1e-3 * abs(best.cost)
-        if best.over() or (
-            best.feasible and not patient and quiet >= (_QUIET_NEAR if near else _QUIET)
-        ):
+        if best.over() or (best.feasible and quiet >= (_QUIET_NEAR if near else _QUIET)):
             return
+
+
+def _insist(problem: Problem, best, seed: int) -> None:
+    """Branch and cut if the problem is small, with local search in a second thread."""
+    from placement.solver.ascent import Ascent
+    from placement.solver.branch import branch_and_cut, promising
+    from placement.solver.core import reduce
+    from placement.solver.polish import Polish
+
+    if best.feasible:
+        try:
+            best.move_to(reduce(problem))
+        except InfeasibleError:
+            best.prove()
+            return
+    ascent, polish = Ascent(best), Polish(best, seed)
+    ascent.step(200)
+    if not promising(best.core):
+        return _race(ascent, polish)
+    failures: list[BaseException] = []
+    searcher = threading.Thread(target=_search, args=(ascent, polish, failures), daemon=True)
+    if _two_processors():
+        searcher.start()
+    if branch_and_cut(best, best.deadline) and best.feasible:
+        best.prove()
+    if not best.over():
+        _search(ascent, polish, failures)
+    if searcher.is_alive():
+        searcher.join()
+
+
+def _two_processors() -> bool:
+    return len(os.sched_getaffinity(0)) > 1
 
 
 def _race(ascent, polish) -> None:

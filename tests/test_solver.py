@@ -1,6 +1,7 @@
 """The engine against enumeration, the exact solver, and the properties of bounds and limits."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost_model.problem import FORBIDDEN, Problem
+from graphs.errors import InfeasibleError
 from placement import solver
+from placement.solver import _dual
+from placement.solver.ascent import Ascent
+from placement.solver.core import reduce
+from placement.solver.incumbent import Incumbent
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -167,3 +173,127 @@ def test_impossible_limit_is_infeasible():
     found = solver.solve(Problem(**{**fields, "usage_limit": 1.0}), time_limit_s=1.0)
     assert not found.feasible
     assert found.status == "infeasible"
+
+
+def tied_problem(seed: int, n_nodes: int, most: int) -> Problem:
+    """A random problem whose nodes partly copy each other's strategy through forbidden pairs."""
+    rng = np.random.default_rng(seed)
+    base = random_problem(seed, n_nodes, most, 0.5, 0.3, 0.15)
+    k = base.n_strategies()
+    fields = {f: getattr(base, f) for f in base.__dataclass_fields__}
+    pairs, tables = base.edge_nodes.tolist(), []
+    for e in range(base.n_edges):
+        tables.append(base.edge_costs[base.edge_offsets[e] : base.edge_offsets[e + 1]])
+    for e, (i, j) in enumerate(pairs):
+        if k[i] == k[j] and rng.random() < 0.7:
+            tie = np.full((k[i], k[i]), FORBIDDEN)
+            tie[np.arange(k[i]), rng.permutation(k[i])] = rng.integers(0, 9, k[i])
+            tables[e] = tie.ravel()
+    return Problem(**{**fields, "edge_costs": np.concatenate([*tables, np.zeros(0)])})
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_reduction_is_exact(seed):
+    """Core assignments and allowed assignments correspond one to one, with cost and memory."""
+    problem = tied_problem(seed, 6, 3)
+    allowed = {
+        x
+        for x in itertools.product(*(range(n) for n in problem.n_strategies()))
+        if problem.cost(np.array(x)) < FORBIDDEN
+    }
+    try:
+        reduced = reduce(problem)
+    except InfeasibleError:
+        assert not any(problem.is_feasible(np.array(x)) for x in allowed)
+        return
+    core, lifted = reduced.core, set()
+    use = np.empty(len(core.fixed))
+    for states in itertools.product(*(range(n) for n in np.diff(core.offsets))):
+        x = np.array(states, dtype=np.int32)
+        answer = reduced.lift(x)
+        cost = _dual.cost_of(core, x)
+        if cost >= reduced.forbidden:
+            assert tuple(answer.tolist()) not in allowed
+            continue
+        lifted.add(tuple(answer.tolist()))
+        assert cost + reduced.constant == pytest.approx(problem.cost(answer), rel=1e-12)
+        _dual.usage_of(core, x, use)
+        fits = not len(use) or use.max() <= core.limit * (1 + 1e-12)
+        assert fits == problem.is_feasible(answer)
+        np.testing.assert_array_equal(reduced.project(answer), x)
+    assert lifted == allowed
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_tied_problems_match_enumeration(seed):
+    problem = tied_problem(seed, 7, 3)
+    optimum = enumerate_optimum(problem)
+    for found in (
+        solver.solve(problem, time_limit_s=5.0, patient=True),
+        solver.exact(problem, time_limit_s=10.0),
+    ):
+        assert found.feasible == np.isfinite(optimum)
+        if found.feasible:
+            assert found.cost == optimum
+            assert found.lower_bound <= optimum + 1e-6
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ruled_out_strategies_are_in_no_better_assignment(seed):
+    problem = random_problem(seed, 6, 4, 0.6, 0.3)
+    reduced = reduce(problem)
+    best = Incumbent(reduced, start=0.0, deadline=np.inf, max_evaluations=None, on_progress=None)
+    ascent = Ascent(best)
+    ascent.step(30)
+    rng = np.random.default_rng(seed)
+    found = solver.solve(problem, time_limit_s=1.0, seed=int(rng.integers(100)))
+    best.offer_assignment(found.assignment)
+    left = best.reduced.restrict(problem, ascent.useful())
+    optimum = enumerate_optimum(problem)
+    assert enumerate_optimum(left) == optimum == found.cost
+
+
+def test_a_large_instance_is_feasible_in_little_memory_and_time():
+    """Three thousand nodes, long and short live ranges, a limit 10 % above the least possible."""
+    problem = layered_problem(0, 3000)
+    began = time.monotonic()
+    found = solver.solve(problem, time_limit_s=4.0)
+    assert time.monotonic() - began < 8.0
+    assert found.feasible
+    assert found.gap < 0.05
+    costs = [found.cost, solver.solve(problem, time_limit_s=4.0, seed=1).cost]
+    assert max(costs) <= 1.01 * min(costs)
+
+
+def layered_problem(seed: int, n_nodes: int) -> Problem:
+    rng = np.random.default_rng(seed)
+    k = rng.choice([1, 4, 8, 12], n_nodes)
+    ends = rng.integers(1, n_nodes, 2 * n_nodes)
+    starts = np.maximum(ends - 1 - rng.exponential(50, len(ends)).astype(int), 0)
+    pairs = sorted(set(zip(starts.tolist(), ends.tolist())))
+    kinds = [rng.integers(0, 3, n) for n in k]
+    tables = [
+        ((kinds[i][:, None] != kinds[j]) * 10 ** rng.uniform(2, 6)).round().ravel()
+        for i, j in pairs
+    ]
+    length = np.where(rng.random(n_nodes) < 0.1, n_nodes, rng.integers(1, 10, n_nodes))
+    begin = np.arange(n_nodes)
+    end = np.minimum(begin + length, n_nodes)
+    size = 10 ** rng.uniform(3, 7, n_nodes)
+    usages = [np.floor(size[i] / 2.0 ** rng.integers(0, 6, k[i])) for i in range(n_nodes)]
+    least = np.array([u.min() for u in usages])
+    peak = max(least[(begin <= t) & (t < end)].sum() for t in range(n_nodes))
+    offsets = np.concatenate([[0], np.cumsum(k)]).astype(np.int64)
+    return Problem(
+        name=f"layered{seed}",
+        strategy_offsets=offsets,
+        node_costs=rng.integers(0, 10**5, k.sum()).astype(float),
+        edge_nodes=np.array(pairs, dtype=np.int32),
+        edge_offsets=np.concatenate([[0], np.cumsum([len(t) for t in tables])]).astype(np.int64),
+        edge_costs=np.concatenate(tables),
+        usage_nodes=begin.astype(np.int32),
+        usage_intervals=np.stack([begin, end], axis=1).astype(np.int64),
+        usage_offsets=offsets,
+        usages=np.concatenate(usages),
+        usage_limit=float(np.floor(1.1 * peak)),
+    )

@@ -21,6 +21,15 @@ def add(path: str, overrides: list[str]) -> None:
     write_text(path, json.dumps(content))
 
 
+def title_of(path: str) -> str:
+    """What the plan's step is called; empty for a plan that a program wrote."""
+    content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    if "request" not in content:
+        return ""
+    config = config_of(path, [])
+    return str(config.module or config.model.name)
+
+
 def config_of(path: str, overrides: list[str]) -> Any:
     """The configuration that the plan was made with, with further overrides.
 

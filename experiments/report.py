@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pathlib
 
-from placement.experiments import _arguments
+from placement.experiments import _arguments, _request
 
 
 def main(argv: list[str]) -> int:
@@ -21,6 +21,7 @@ def main(argv: list[str]) -> int:
     from placement.report import write_report
 
     out = given.out or str(pathlib.Path(given.plan).with_suffix(".html"))
-    write_report(placement.Plan.load(given.plan), out)
+    plan = placement.Plan.load(given.plan)
+    write_report(plan, out, title=_request.title_of(given.plan))
     print(f"wrote {out}: open it in a browser")
     return 0

@@ -22,7 +22,7 @@ _MAX_CELLS = 1536
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Window:
-    """The part of the machine that is drawn: the first devices of each physical axis."""
+    """The part of the machine that is drawn: devices evenly spaced along each physical axis."""
 
     sizes: tuple[int, ...]
     """devices drawn along each physical axis."""
@@ -44,6 +44,9 @@ def window(axes: tuple[PhysicalAxis, ...]) -> Window:
     sizes = [min(a.size, limits[min(i, 4)]) for i, a in enumerate(axes)]
     for i in reversed(range(len(sizes))):
         while math.prod(sizes) > _MAX_CELLS and sizes[i] > 1:
+            sizes[i] -= 1
+        while axes[i].size % sizes[i]:
+            # A divisor, so that what is drawn is evenly spaced.
             sizes[i] -= 1
     return Window(sizes=tuple(sizes), full=math.prod(sizes) == math.prod(a.size for a in axes))
 
@@ -141,12 +144,15 @@ def _svg(axes, drawn: Window, colour, tip, label: str, scale: float = 1.0) -> st
     for n, outer in enumerate(planes):
         x0, y0 = margin + (n % per_line) * plane_width, 18 + (n // per_line) * plane_height
         if outer:
-            name = ", ".join(f"{a.name}={i}" for a, i in zip(axes[2:], outer))
+            name = ", ".join(
+                f"{a.name}={i * a.size // n}" for a, i, n in zip(axes[2:], outer, drawn.sizes[2:])
+            )
             parts.append(f'<text x="{x0}" y="{y0 + 10}" class="t">{escape(name)}</text>')
             y0 += 14
         for y in range(rows):
             for x in range(columns):
-                position = ((x, y) if len(axes) > 1 else (x,)) + outer
+                index = ((x, y) if len(axes) > 1 else (x,)) + outer
+                position = tuple(i * a.size // n for i, a, n in zip(index, axes, drawn.sizes))
                 text = tip(position)
                 title = f"<title>{escape(text)}</title>" if text else ""
                 parts.append(

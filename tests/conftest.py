@@ -7,3 +7,9 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
+
+from hypothesis import settings  # noqa: E402
+
+# A busy machine is no failure: examples have no deadline.
+settings.register_profile("steady", deadline=None)
+settings.load_profile("steady")

@@ -156,8 +156,8 @@ def _listed(problem: Problem, assignment: np.ndarray) -> str:
 
 
 def _margin(timeout_s: float) -> float:
-    """Kept for output and for the last compiled chunk to return."""
-    return min(0.05 * timeout_s + 0.2, 3.0)
+    """Kept for the last compiled chunk to return, for output and for leaving the process."""
+    return min(0.08 * timeout_s + 0.3, 3.0)
 
 
 def _process_start() -> float:

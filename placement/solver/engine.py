@@ -3,7 +3,8 @@
 Dual steps raise the bound and price memory; each of their decoded assignments is a start for the
 local search, which repairs and improves it under those prices. Small problems alternate the two in
 one thread, reproducibly, until the gap is closed, nothing has improved for long, or the limits are
-reached. Large ones give each a thread where there are two processors, and use all of the time.
+reached. Large ones, or patient calls, give each a thread where there are two processors, and use
+all of the time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cost_model.problem import FORBIDDEN, Problem
 from graphs.errors import InfeasibleError
 from placement.solver.solution import Progress, Solution
 
-_LARGE_CELLS = 400_000
+_LARGE_CELLS, _HUGE_CELLS = 400_000, 4_000_000
 _CHUNK_S = 0.1
 _WORTH_A_ROUND = 0.9
 _QUIET_NEAR, _QUIET = 12, 40
@@ -66,7 +67,8 @@ def solve(
     )
     if initial is not None:
         best.offer_assignment(np.asarray(initial))
-    large = len(reduced.core.cells) + len(reduced.core.fixed) * 20 >= _LARGE_CELLS
+    size = len(reduced.core.cells) + len(reduced.core.fixed) * 20
+    large = size >= (_LARGE_CELLS if patient else _HUGE_CELLS)
     if large and max_evaluations is None and _two_processors():
         _race(Ascent(best), Polish(best, seed))
     else:

@@ -172,6 +172,8 @@ def _heavy(grouping: Grouping, item: Group, choices: Choices, pricing: Pricing) 
         seconds = _contraction_s(pricing, x, dtype)
         return ComputeEvent(op=index, region=op.region, seconds=seconds, kind="matmul")
     sizes = np.array(pricing.axis_sizes, np.float64)
+    if rule.pins or op.primitive == "sharding_constraint":
+        return ComputeEvent(op=index, region=op.region, seconds=np.zeros(len(choices)), kind="other")
     if op.primitive == "conv_general_dilated":
         peak = device.peak(graph.tensors[op.inputs[0]].dtype) * _CONV_EFFICIENCY
         classes = [c for c in item.factors if c != WHOLE]

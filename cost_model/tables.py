@@ -26,6 +26,7 @@ from cost_model.operators import (
 from cost_model.pricing import Pricing, Reshard, reshard
 from cost_model.problem import Problem
 from graphs.choices import Choices, choices_of
+from graphs.errors import MeshwrightError
 from graphs.fold import fold
 from graphs.groups import COPY, HEAVY, LEAF, Grouping
 from graphs.rules import WHOLE
@@ -128,6 +129,7 @@ def build_tables(
     choices, node_costs, node_hidden, events = [], [], [], []
     for n, g in enumerate(firsts):
         menu = choices_of(grouping.groups[g], layout.mesh.axis_sizes)
+        menu = _keep_pins(grouping, g, menu, layout)
         own = _own_events(grouping, g, n, menu, pricing, stored, g in gradients)
         cost, hidden = np.zeros(len(menu)), np.zeros(len(menu))
         for e in own:
@@ -199,6 +201,35 @@ def _charge(event: Event, i: int, weight: float, nodes, edges) -> None:
     if i > j:
         i, j, full = j, i, full.T
     edges[(i, j)] = edges[(i, j)] + full if (i, j) in edges else np.ascontiguousarray(full)
+
+
+def _keep_pins(grouping: Grouping, g: int, menu: Choices, layout: MeshLayout) -> Choices:
+    """The choices that honour what the user has sharded by hand.
+
+    Raises MeshwrightError where the mesh lacks an axis that the user names, or its size does not
+    divide the dimension.
+    """
+    item = grouping.groups[g]
+    names = layout.mesh.axis_names
+    keep = np.ones(len(menu), bool)
+    for o in item.ops if item.kind == HEAVY else ():
+        for factor, axes in grouping.rules[o].pins.items():
+            unknown = [a for a in axes if a not in names]
+            if unknown:
+                raise MeshwrightError(
+                    f"the function constrains a dimension to mesh axis {unknown[0]!r} but the mesh "
+                    f"has axes {', '.join(names)}; pin mesh_shape with that axis or drop the "
+                    "constraint"
+                )
+            cls = item.factors[factor]
+            want = np.array([n in axes and layout.mesh.shape[n] > 1 for n in names])
+            keep &= ((menu.place == cls) == want).all(axis=1)
+    if not keep.any():
+        raise MeshwrightError(
+            f"the function constrains a dimension to mesh axes whose size does not divide it "
+            f"(mesh {layout.mesh.shape}); choose sizes that divide or drop the constraint"
+        )
+    return Choices(place=menu.place[keep], scatter=menu.scatter[keep])
 
 
 def _own_events(grouping, g, n, menu, pricing, stored, hides) -> list[Event]:

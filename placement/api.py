@@ -48,7 +48,8 @@ def optimize(
       cluster: notation, ``v5e:16x16``, ``4*v5e:16x16``, ``h100:8x64``, ``cpu:8``.
       objective: what the plan minimises: time | memory | energy | carbon | cost.
       optimizer: one of :func:`optimizers`.
-      mesh_shape: pins the mesh, axis name -> size; None searches it.
+      mesh_shape: pins the mesh, axis name -> size; None searches it, or takes the one that the
+        function's own sharding constraints name.
       donate_argnums: arguments whose memory the results take: the training state.
       time_limit_s: seconds to plan in; the best plan found by then is returned, with
         ``status="time_limit"`` where the search was cut short.
@@ -64,6 +65,7 @@ def optimize(
     """
     from cost_model.cluster import parse_cluster
     from graphs.groups import group
+    from graphs.rules.manual import user_mesh
     from graphs.trace import trace
     from placement.optimizers import OPTIMIZERS
 
@@ -79,10 +81,12 @@ def optimize(
     if not time_limit_s > 0:
         raise MeshwrightError(f"time_limit_s is {time_limit_s}; give a positive number of seconds")
     parsed = parse_cluster(cluster)
-    layouts = _layouts(parsed, mesh_shape, max_axes)
+    if mesh_shape is not None:
+        _layouts(parsed, mesh_shape, max_axes)  # refuse it before tracing
     donated = tuple(n for n in donate_argnums if n < len(abstract_args))
     graph = trace(train_step, *abstract_args, donate_argnums=donated)
     grouping = group(graph, strict=strict)
+    layouts = _layouts(parsed, mesh_shape or user_mesh(graph.ops), max_axes)
     search = _Search(
         grouping=grouping,
         layouts=layouts,

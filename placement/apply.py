@@ -97,6 +97,9 @@ class _Walker:
             else:
                 op = self.op()
                 operands = [self.operand(a, op) for a in args]
+                if name == "sharding_constraint":  # the plan holds the user's pin
+                    env[eqn.outvars[0]] = self.value(operands[0])
+                    continue
                 params = eqn.primitive.get_bind_params(eqn.params)
                 result = eqn.primitive.bind(*operands, **params)
                 results = result if eqn.primitive.multiple_results else [result]

@@ -73,7 +73,10 @@ def decode(
     results = {}
     for t in stored:
         tensor = graph.tensors[t]
-        if tensor.producer >= 0 and math.prod(tensor.shape) >= SMALL:
+        if tensor.producer < 0:
+            continue
+        by_hand = graph.ops[tensor.producer].primitive == "sharding_constraint"
+        if by_hand or math.prod(tensor.shape) >= SMALL:
             results[t] = named(specs[t])
     operands: dict[tuple[int, int], SpecEntries] = {}
     for g, item in enumerate(grouping.groups):

@@ -1,6 +1,6 @@
 """The sharding rule of every primitive. ``register_rule`` adds one for a primitive of your own."""
 
-from graphs.rules import contraction, elementwise, indexing, structural
+from graphs.rules import contraction, elementwise, indexing, manual, structural
 from graphs.rules.rule import WHOLE, FactorBuilder, OpRule, register_rule, registered, rule_of
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "contraction",
     "elementwise",
     "indexing",
+    "manual",
     "register_rule",
     "registered",
     "rule_of",

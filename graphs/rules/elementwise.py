@@ -12,7 +12,7 @@ ELEMENTWISE = (
     "logistic lt lt_to max merge mesh_cast min mul name ne neg nextafter not optimization_barrier "
     "or polygamma population_count pow pvary random_gamma real "
     "reduce_precision regularized_incomplete_beta rem reshard round rsqrt select_n "
-    "sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt "
+    "shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt "
     "square stop_gradient sub tan tanh threefry2x32 xor zeta"
 ).split()
 

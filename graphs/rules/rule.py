@@ -36,6 +36,8 @@ class OpRule:
     False where it decides (contractions, gathers, scatters)."""
     flops: float = 0.0
     """Multiply-adds count two. Only contractions count here."""
+    pins: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Factor -> names of the mesh axes that the user has put on it."""
     known: bool = True
     """False for the fallback of a primitive without a rule."""
 

@@ -167,7 +167,7 @@ def _race(ascent, polish) -> None:
     def climb() -> None:
         try:
             n_steps = 1
-            while not best.over():
+            while not best.over() or ascent.n_published == 0:  # one round is always made
                 spent = ascent.step(n_steps)
                 n_steps = max(1, min(int(n_steps * _CHUNK_S / max(spent, 1e-4)), 2 * n_steps))
                 if ascent.settled:

@@ -30,6 +30,15 @@ def title_of(path: str) -> str:
     return str(config.module or config.model.name)
 
 
+def overrides_of(path: str) -> list[str] | None:
+    """The overrides in a plan file; None where there is no file or it holds none."""
+    try:
+        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        return list(content["request"]["overrides"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def config_of(path: str, overrides: list[str]) -> Any:
     """The configuration that the plan was made with, with further overrides.
 

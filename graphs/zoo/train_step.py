@@ -21,7 +21,7 @@ from graphs.zoo.config import ModelConfig
 from graphs.zoo.decoder import Decoder
 from graphs.zoo.loss import cross_entropy
 from graphs.zoo.options import RunOptions
-from graphs.zoo.update_rules import update_rule
+from graphs.zoo.update_rules import learning_rates, update_rule
 
 TrainStep = Callable[[Any, Any, Any], tuple[Any, Any, dict[str, jax.Array]]]
 
@@ -42,12 +42,15 @@ def build_train_step(
     optimizer_state_dtype: str = "float32",
     compute_dtype: str = "bfloat16",
     learning_rate: float = 3e-4,
+    warmup_steps: int = 0,
+    decay_steps: int | None = None,
     clip_norm: float | None = 1.0,
 ) -> tuple[TrainStep, tuple[Any, Any, Any], tuple[int, ...]]:
     """(train_step, abstract arguments, donate_argnums) of one model.
 
     global_batch: sequences of one step, a multiple of microbatches. seq_len: tokens of each, the
-    model's default where None. Options: see RunOptions. Raises MeshwrightError.
+    model's default where None. Options: see RunOptions; warmup_steps and decay_steps: see
+    update_rules.learning_rates. Raises MeshwrightError.
     """
     seq_len = config.seq_len if seq_len is None else seq_len
     options = RunOptions(
@@ -62,7 +65,9 @@ def build_train_step(
     _check_batch(config, global_batch, seq_len, microbatches, loss_chunks)
     rule = update_rule(
         optimizer,
-        learning_rate=learning_rate,
+        learning_rate=learning_rates(
+            learning_rate, warmup_steps=warmup_steps, decay_steps=decay_steps
+        ),
         clip_norm=clip_norm,
         state_dtype=optimizer_state_dtype,
     )
@@ -93,12 +98,16 @@ def init_state(
     scan: bool = True,
     optimizer_state_dtype: str = "float32",
     learning_rate: float = 3e-4,
+    warmup_steps: int = 0,
+    decay_steps: int | None = None,
     clip_norm: float | None = 1.0,
 ) -> tuple[Any, Any]:
     """Real (params, opt_state) for the step built with the same options."""
     rule = update_rule(
         optimizer,
-        learning_rate=learning_rate,
+        learning_rate=learning_rates(
+            learning_rate, warmup_steps=warmup_steps, decay_steps=decay_steps
+        ),
         clip_norm=clip_norm,
         state_dtype=optimizer_state_dtype,
     )

@@ -11,8 +11,32 @@ from graphs.errors import MeshwrightError
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
 
 
+def learning_rates(
+    peak: float, *, warmup_steps: int, decay_steps: int | None
+) -> float | optax.Schedule:
+    """A straight rise to ``peak`` over the first steps, then a cosine fall to a tenth of it at
+    ``decay_steps``; constant where decay_steps is None.
+
+    Raises MeshwrightError where the rise does not end before the fall does.
+    """
+    if decay_steps is None and warmup_steps == 0:
+        return peak
+    if decay_steps is None or not 0 <= warmup_steps < decay_steps:
+        raise MeshwrightError(
+            f"warmup_steps={warmup_steps} and decay_steps={decay_steps} are no schedule; "
+            "make warmup_steps at least 0 and less than decay_steps"
+        )
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if warmup_steps else peak, peak, warmup_steps, decay_steps, 0.1 * peak
+    )
+
+
 def update_rule(
-    name: str, *, learning_rate: float, clip_norm: float | None, state_dtype: str
+    name: str,
+    *,
+    learning_rate: float | optax.Schedule,
+    clip_norm: float | None,
+    state_dtype: str,
 ) -> optax.GradientTransformation:
     """Gradient transformation over a tree of float32 parameters."""
     if name == "adamw":

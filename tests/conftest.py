@@ -8,7 +8,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
 
-from hypothesis import settings  # noqa: E402
+from hypothesis import settings
 
 # A busy machine is no failure: examples have no deadline.
 settings.register_profile("steady", deadline=None)

@@ -222,6 +222,16 @@ def test_directed_cycles_of_edges_are_solved():
     assert solver.solve(iopddl.parse(document, name="cycle"), time_limit_s=5.0).cost == best
 
 
+def test_a_limit_of_nothing_leaves_what_uses_nothing():
+    document = example()
+    document["problem"]["usage_limit"] = 0
+    nodes(document)["usages"] = [[0], [9, 0], [0, 7, 0], [3, 0], [0]]
+    best = min(direct_cost(document, x) for x in all_choices(document))
+    found = solver.solve(iopddl.parse(document, name="zero"), time_limit_s=5.0, patient=True)
+    assert found.feasible
+    assert found.cost == best
+
+
 def test_huge_allowed_costs_keep_their_order():
     document = example()
     nodes(document)["costs"][1] = [9 * 10**17, 8 * 10**17]

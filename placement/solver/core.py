@@ -250,7 +250,8 @@ def _usages(
         "use_value": slot_at[:-1][chosen],
         "amounts": amounts,
         "fixed": base[kept],
-        "limit": float(p.usage_limit),
+        # Prices are relative to the limit, so that it may not be nothing.
+        "limit": float(max(p.usage_limit, 1e-9 * amounts.max(initial=0.0))),
     }
 
 

@@ -59,6 +59,37 @@ def last_uses(graph: Graph) -> np.ndarray:
     return last
 
 
+_RECOMPUTED = frozenset(
+    "broadcast_in_dim iota convert_element_type reshape transpose squeeze expand_dims copy slice "
+    "split concatenate pad select_n eq ne lt le gt ge not and or is_finite literal".split()
+)
+"""Primitives that XLA computes again in each reader rather than keep."""
+
+
+def held_across(grouping: Grouping, stored: set[int]) -> set[int]:
+    """Values of fused loops that are made before a heavy op and read after it: they stay in memory
+    though no other group reads them."""
+    graph = grouping.graph
+    heavy: dict[int, list[int]] = {}
+    for item in grouping.groups:
+        if item.kind == HEAVY:
+            for o in item.ops:
+                heavy.setdefault(graph.ops[o].region, []).append(o)
+    at = {r: np.array(sorted(o)) for r, o in heavy.items()}
+    last = last_uses(graph)
+    found = set()
+    for t, tensor in enumerate(graph.tensors):
+        if t in stored or tensor.producer < 0 or len(tensor.shape) < 2:
+            continue
+        op = graph.ops[tensor.producer]
+        if op.primitive in _RECOMPUTED or op.region not in at or last[t] < 0:
+            continue
+        ops = at[op.region]
+        if np.searchsorted(ops, tensor.producer) < np.searchsorted(ops, last[t] - 1):
+            found.add(t)
+    return found
+
+
 def usage_entries(
     grouping: Grouping,
     node_of: np.ndarray,
@@ -88,6 +119,7 @@ def usage_entries(
         )  # fmt: skip
 
     inputs = set(graph.inputs)
+    held = stored | held_across(grouping, stored)
     all_readers = readers_of(grouping)
     for g, item in enumerate(grouping.groups):
         menu = choices[node_of[g]]
@@ -99,7 +131,7 @@ def usage_entries(
             continue
         for t, dims in item.tensors.items():
             tensor = graph.tensors[t]
-            if t not in stored or tensor.n_bytes < 64:
+            if t not in held or tensor.n_bytes < 64:
                 continue
             specs = menu.specs(dims, result=item.kind == HEAVY)
             if t in inputs:

@@ -159,6 +159,11 @@ def test_every_leaf_is_on_the_page(plan):
     assert all(t.name in page for t in data.tensors)
 
 
+def test_a_plan_writes_its_own_page(plan, tmp_path):
+    path = plan.report(tmp_path / "report.html")
+    assert pathlib.Path(path).read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
 def test_verify_needs_to_know_how_the_step_is_built(content, tmp_path, capsys):
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(content))

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from placement.plan import Plan
     from placement.verify import verify
 
-__all__ = ["Plan", "optimize", "optimizers", "partition_specs", "verify"]
+__all__ = ["Plan", "optimize", "optimize_model", "optimizers", "partition_specs", "verify"]
 
 _WHERE = {
     "Plan": "placement.plan",
     "optimize": "placement.api",
+    "optimize_model": "placement.whole",
     "optimizers": "placement.api",
     "partition_specs": "placement.api",
     "verify": "placement.verify",

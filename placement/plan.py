@@ -81,6 +81,8 @@ class Plan:
     """The simulated step: (lane, name, kind, start_s, end_s)."""
     memory_over_time: tuple[tuple[float, float], ...] = ()
     """(time_s, live bytes of a device from then on)."""
+    program: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """How the train step is built (``optimize_model``): remat, microbatches, batch; else empty."""
     trees: Any = dataclasses.field(default=None, compare=False, repr=False)
     """(argument tree, result tree) definitions; None after loading until :meth:`bind`."""
 

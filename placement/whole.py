@@ -1,0 +1,196 @@
+"""Plan a model rather than a function: the program's own options are decided too.
+
+Rematerialisation and microbatches are written into a train step when it is built, so they cannot be
+changed from outside. Here the step is built for each promising combination and planned, and the
+simulation judges all of them:
+
+1. With full rematerialisation and one microbatch the search runs over all meshes.
+2. On the best meshes found, lighter rematerialisation is tried (it saves recomputation where memory
+   allows) and, where nothing fits yet, more microbatches (they divide the live activations).
+
+Pipeline stages are planned by :mod:`placement.jobs`, on its own cost model: one SPMD program, which
+this module plans, has none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+from graphs.errors import InfeasibleError, MeshwrightError
+
+REMAT = ("full", "attention", "dots", "none")
+"""Policies of the zoo's train steps, least memory first."""
+MICROBATCHES = (1, 2, 4, 8, 16)
+_MESHES = 2
+
+
+def optimize_model(
+    model: Any,
+    *,
+    cluster: str,
+    global_batch_tokens: int | None = None,
+    global_batch: int | None = None,
+    seq_len: int | None = None,
+    remat: str | None = None,
+    microbatches: int | None = None,
+    time_limit_s: float = 30.0,
+    throw: bool = True,
+    step_options: dict[str, Any] | None = None,
+    **options: Any,
+):
+    """Plan a zoo model with its rematerialisation and microbatches.
+
+    Args:
+      model: a ``graphs.zoo.ModelConfig`` or the name of a shipped one.
+      cluster: notation.
+      global_batch_tokens: tokens of one optimizer step; or give ``global_batch`` in sequences.
+      seq_len: tokens of a sequence; the model's own by default.
+      remat: pins the policy, one of REMAT.
+      microbatches: pins their number.
+      time_limit_s: seconds for all of it.
+      throw: raise InfeasibleError where nothing fits.
+      step_options: further arguments of ``graphs.zoo.build_train_step``.
+      options: further arguments of :func:`placement.optimize`.
+
+    Returns:
+      A Plan; ``plan.program`` holds the build options, and :func:`build` makes the train step.
+
+    Raises:
+      MeshwrightError: for arguments that cannot be planned, in one sentence.
+    """
+    from graphs.zoo import load_model_config
+
+    start = time.monotonic()
+    config = load_model_config(model) if isinstance(model, str) else model
+    length = seq_len or config.seq_len
+    batch = _sequences(global_batch, global_batch_tokens, length)
+    if remat is not None and remat not in REMAT:
+        raise MeshwrightError(f"unknown remat {remat!r}; use one of {', '.join(REMAT)}")
+    counts = [microbatches] if microbatches else [m for m in MICROBATCHES if batch % m == 0]
+    if any(batch % m for m in counts):
+        raise MeshwrightError(
+            f"{microbatches} microbatches do not divide a batch of {batch} sequences; "
+            "give a divisor"
+        )
+    trial = _Trials(
+        config=config,
+        fixed=dict(step_options or {}, global_batch=batch, seq_len=length),
+        cluster=cluster,
+        options=options,
+        deadline=start + time_limit_s,
+    )
+    policies = (remat,) if remat else REMAT
+    for count in counts:
+        plan = trial.plan(policies[0], count, share=0.5)
+        if _fits(plan):
+            break
+    meshes = _best_meshes(plan) if options.get("mesh_shape") is None else [None]
+    if _fits(plan):
+        for policy in policies[1:]:
+            for shape in meshes:
+                if time.monotonic() < trial.deadline:
+                    trial.plan(policy, count, share=0.2, mesh_shape=shape)
+    best = trial.best()
+    if throw and not _fits(best):
+        raise InfeasibleError(best.status)
+    return dataclasses.replace(
+        best,
+        planning_time_s=time.monotonic() - start,
+        evaluations=sum(p.evaluations for p in trial.plans),
+        alternatives=trial.alternatives(),
+    )
+
+
+def build(plan, model: Any):
+    """(train_step, abstract_args, donate_argnums) of a plan made by :func:`optimize_model`."""
+    from graphs.zoo import build_train_step, load_model_config
+
+    if not plan.program:
+        raise MeshwrightError(
+            "the plan was not made by optimize_model and does not say how its program is built; "
+            "build the train step that was planned"
+        )
+    config = load_model_config(model) if isinstance(model, str) else model
+    return build_train_step(config, **plan.program)
+
+
+def _sequences(batch: int | None, tokens: int | None, length: int) -> int:
+    if (batch is None) == (tokens is None):
+        raise MeshwrightError("give either global_batch or global_batch_tokens")
+    found = batch if batch is not None else (tokens or 0) // length
+    if found < 1:
+        raise MeshwrightError(
+            f"a batch of {tokens} tokens holds no sequence of {length}; give at least one sequence"
+        )
+    return found
+
+
+def _fits(plan) -> bool:
+    return plan.status in ("feasible", "time_limit")
+
+
+def _best_meshes(plan) -> list[dict[str, int]]:
+    found: list[dict[str, int]] = []
+    for other in ({"mesh_shape": plan.mesh_shape}, *plan.alternatives):
+        if other["mesh_shape"] not in found:
+            found.append(other["mesh_shape"])
+    return found[:_MESHES]
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Trials:
+    """Plans of one model under different build options."""
+
+    config: Any
+    fixed: dict[str, Any]
+    cluster: str
+    options: dict[str, Any]
+    deadline: float
+    plans: list[Any] = dataclasses.field(default_factory=list)
+
+    def plan(self, remat: str, count: int, *, share: float, mesh_shape=None):
+        from graphs.zoo import build_train_step
+        from placement.api import optimize
+
+        program = dict(self.fixed, remat=remat, microbatches=count)
+        step, args, donated = build_train_step(self.config, **program)
+        left = max(0.1, self.deadline - time.monotonic())
+        options = dict(self.options)
+        if mesh_shape is not None:
+            options["mesh_shape"] = mesh_shape
+        plan = optimize(
+            step,
+            *args,
+            cluster=self.cluster,
+            donate_argnums=donated,
+            time_limit_s=share * left,
+            throw=False,
+            **options,
+        )
+        plan = dataclasses.replace(plan, program=program)
+        self.plans.append(plan)
+        return plan
+
+    def best(self):
+        score: Callable = lambda p: (  # noqa: E731
+            not _fits(p),
+            p.estimate.step_time_s if _fits(p) else p.estimate.peak_memory_bytes,
+        )
+        return min(self.plans, key=score)
+
+    def alternatives(self) -> tuple[dict[str, Any], ...]:
+        rows = [
+            {
+                "mesh_shape": p.mesh_shape,
+                "optimizer": f"{p.optimizer}, remat {p.program['remat']}, "
+                f"{p.program['microbatches']} microbatches",
+                "step_time_s": p.estimate.step_time_s,
+                "memory_bytes": p.estimate.peak_memory_bytes,
+                "fits": _fits(p),
+            }
+            for p in self.plans
+        ]
+        return tuple(sorted(rows, key=lambda r: (not r["fits"], r["step_time_s"])))

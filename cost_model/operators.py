@@ -173,7 +173,9 @@ def _heavy(grouping: Grouping, item: Group, choices: Choices, pricing: Pricing) 
         return ComputeEvent(op=index, region=op.region, seconds=seconds, kind="matmul")
     sizes = np.array(pricing.axis_sizes, np.float64)
     if rule.pins or op.primitive == "sharding_constraint":
-        return ComputeEvent(op=index, region=op.region, seconds=np.zeros(len(choices)), kind="other")
+        return ComputeEvent(
+            op=index, region=op.region, seconds=np.zeros(len(choices)), kind="other"
+        )
     if op.primitive == "conv_general_dilated":
         peak = device.peak(graph.tensors[op.inputs[0]].dtype) * _CONV_EFFICIENCY
         classes = [c for c in item.factors if c != WHOLE]

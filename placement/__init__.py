@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from placement.api import optimize, optimizers, partition_specs
     from placement.plan import Plan
     from placement.verify import verify
+    from placement.whole import optimize_model
 
 __all__ = ["Plan", "optimize", "optimize_model", "optimizers", "partition_specs", "verify"]
 

@@ -40,7 +40,9 @@ def test_the_constrained_function_still_gives_the_same_result():
     plan = placement.optimize(constrained, w, x, cluster="cpu:8", donate_argnums=(0,))
     mesh = plan.mesh()
     shardings = plan.in_shardings(mesh)
-    got = jax.jit(plan.apply(constrained), in_shardings=shardings)(*jax.device_put((w, x), shardings))
+    got = jax.jit(plan.apply(constrained), in_shardings=shardings)(
+        *jax.device_put((w, x), shardings)
+    )
     h = jnp.tanh(x @ w)
     np.testing.assert_allclose(got[0], w - 0.1 * (x.T @ h), rtol=1e-4, atol=1e-4)
 

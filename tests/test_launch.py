@@ -10,10 +10,12 @@ import os
 import pathlib
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,6 +25,7 @@ from placement.experiments import cli
 from placement.training.batches import Batches, Prefetch
 from placement.training.corpus import load_corpus
 from placement.training.metrics import MetricsFile, Yardstick, model_flops, read_metrics
+from placement.training.tensorboard import EventFile
 
 STEPS = 24
 SMALL = (
@@ -47,6 +50,23 @@ def launch(out: pathlib.Path, *overrides: str) -> list[dict]:
 
 def losses(rows: list[dict]) -> np.ndarray:
     return np.array([row["loss"] for row in rows])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler(tmp_path_factory):
+    """Compiling is nearly all of these runs: with less effort, and once for equal programs."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield {name.upper(): str(value) for name, value in settings.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +95,12 @@ def test_another_plan_gives_the_same_curve(whole, tmp_path):
     np.testing.assert_allclose(losses(other), losses(rows), rtol=0.01)
 
 
-def test_a_killed_run_goes_on_as_if_nothing_happened(whole, tmp_path):
+def test_a_killed_run_goes_on_as_if_nothing_happened(whole, tmp_path, quick_compiler):
     _, rows = whole
     command = [sys.executable, "-m", "placement.experiments.cli", "launch", *SMALL]
     running = subprocess.Popen(
         [*command, "optimizer=fsdp", f"out={tmp_path}"],
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | quick_compiler | {"XLA_FLAGS": ""},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -199,6 +219,50 @@ def test_metrics_cut_short_by_a_kill_are_read_and_continued(tmp_path):
     with MetricsFile(path, resumed_step=2) as metrics:
         metrics.write({"step": 3, "loss": 1.0})
     assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+    """Parsed with protocol buffers from the published field numbers."""
+    descriptor_pb2 = pytest.importorskip("google.protobuf.descriptor_pb2")
+    from google.protobuf import descriptor_pool, message_factory
+
+    file = descriptor_pb2.FileDescriptorProto(name="event.proto", package="t", syntax="proto3")
+    fields = {
+        "Value": [("tag", 1, 9, ""), ("simple_value", 2, 2, "")],
+        "Summary": [("value", 1, 11, "Value")],
+        "SessionLog": [("status", 1, 5, "")],
+        "Event": [
+            ("wall_time", 1, 1, ""),
+            ("step", 2, 3, ""),
+            ("file_version", 3, 9, ""),
+            ("summary", 5, 11, "Summary"),
+            ("session_log", 7, 11, "SessionLog"),
+        ],
+    }
+    for name, members in fields.items():
+        message = file.message_type.add(name=name)
+        for field, number, kind, of in members:
+            label = 3 if field == "value" else 1
+            added = message.field.add(name=field, number=number, type=kind, label=label)
+            if of:
+                added.type_name = f".t.{of}"
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    event_class = message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Event"))
+
+    with EventFile(tmp_path, first_step=300) as events:
+        events.write(300, {"loss": 2.5, "mfu": 0.25})
+        path = events.path
+    content, found = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        found.append(event_class.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    version, start, row = found
+    assert version.file_version == "brain.Event:2"
+    assert start.session_log.status == 1 and start.step == 300
+    assert row.step == 300
+    assert {v.tag: v.simple_value for v in row.summary.value} == {"loss": 2.5, "mfu": 0.25}
 
 
 def test_mfu_of_palm_is_the_published_one():

@@ -7,6 +7,7 @@ one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -18,6 +19,10 @@ from placement.training.batches import Batches, Prefetch, on_devices
 from placement.training.checkpoint import Checkpoints, Position
 from placement.training.metrics import MetricsFile, Yardstick
 from placement.training.program import Program
+from placement.training.tensorboard import EventFile
+
+_SHOWN = ("loss", "eval_loss", "step_time_s", "tokens_per_s", "mfu", "energy_j")
+"""What TensorBoard shows of a row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,8 @@ def train(
     on_start: Callable[[int], None] = lambda step: None,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> None:
-    """Trains until ``schedule.steps`` and leaves metrics.jsonl and checkpoints/ in ``out``.
+    """Trains until ``schedule.steps`` and leaves metrics.jsonl, checkpoints/ and
+    tensorboard/ in ``out``.
 
     start: where a run without checkpoints begins. on_start hears the step resumed from, on_row
     every row. Raises MeshwrightError where the checkpoints are of another run.
@@ -79,6 +85,9 @@ def train(
         numbers = range(at.step, schedule.steps)
         with (
             MetricsFile(out / "metrics.jsonl", resumed_step=at.step, writes=main) as metrics,
+            EventFile(out / "tensorboard", first_step=at.step + 1)
+            if main and numbers
+            else contextlib.nullcontext() as events,
             Prefetch(make, numbers) as ahead,
         ):
             for batch in ahead:
@@ -94,6 +103,9 @@ def train(
                     losses = [float(program.evaluate(state[0], b)) for b in held_out]
                     row["eval_loss"] = sum(losses) / len(losses)
                 metrics.write(row)
+                if events is not None:
+                    shown = {k: row[k] for k in _SHOWN if row.get(k) is not None}
+                    events.write(at.step, shown)
                 on_row(row)
                 if at.step % schedule.checkpoint_every == 0 or last:
                     checkpoints.save(tuple(state), at)

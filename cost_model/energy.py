@@ -95,6 +95,21 @@ def device_power_w(max_w: float, compute_share: float, network_share: float = 0.
     return max_w * (idle + (1 - idle) * busy)
 
 
+def devices_energy_j(
+    device: Device, *, n_devices: int, step_time_s: float, compute_time_s: float
+) -> float | None:
+    """Joules that the devices alone draw in a step: busy while they compute, waiting otherwise.
+
+    None where nobody has published the device's power.
+    """
+    try:
+        max_w = max_power_w(device.name)
+    except MeshwrightError:
+        return None
+    share = min(compute_time_s / step_time_s, 1.0) if step_time_s > 0 else 0.0
+    return n_devices * step_time_s * device_power_w(max_w, share, 1.0 - share)
+
+
 def step_energy(
     device: Device,
     *,

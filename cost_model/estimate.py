@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cost_model.energy import devices_energy_j
 from cost_model.pricing import KINDS
 from cost_model.simulate import Simulator
 from cost_model.tables import COMPUTE, RESHARD
@@ -26,7 +27,8 @@ class Estimate:
     peak_memory_bytes: float
     """Per device."""
     energy_j: float | None
-    """All devices, one step; None where the device's power is not published."""
+    """All devices, one step, without cooling and hosts (:mod:`cost_model.energy` adds them); None
+    where the power is not published."""
     table_cost_s: float
     """The additive score of the same assignment."""
     compute_by_class_s: dict[str, float]
@@ -79,7 +81,12 @@ def estimate(simulator: Simulator, assignment: np.ndarray) -> Estimate:
         exposed_comm_time_s=max(0.0, step - compute),
         comm_time_s=comm,
         peak_memory_bytes=float(profile.max(initial=0.0)),
-        energy_j=_energy(simulator, step, compute),
+        energy_j=devices_energy_j(
+            tables.pricing.device,
+            n_devices=tables.layout.cluster.n_devices,
+            step_time_s=step,
+            compute_time_s=compute,
+        ),
         table_cost_s=table_cost(simulator, assignment),
         compute_by_class_s=by_class,
         collectives=by_kind,
@@ -108,13 +115,3 @@ def _memory_classes(simulator: Simulator, assignment, at: int) -> dict[str, floa
         amount = float(p.usages[p.usage_offsets[u] + assignment[p.usage_nodes[u]]])
         out[labels[u]] = out.get(labels[u], 0.0) + amount
     return out
-
-
-def _energy(simulator: Simulator, step_s: float, compute_s: float) -> float | None:
-    """Busy devices draw their maximum, waiting ones their idle power."""
-    device = simulator.tables.pricing.device
-    if device.max_power_w is None:
-        return None
-    idle = device.idle_power_w if device.idle_power_w is not None else 0.5 * device.max_power_w
-    n = simulator.tables.layout.cluster.n_devices
-    return n * (device.max_power_w * compute_s + idle * max(0.0, step_s - compute_s))

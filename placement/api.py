@@ -208,13 +208,21 @@ class _Search:
         )
 
     def _score(self, step: float, compute: float, memory: float, layout) -> float:
+        from cost_model.energy import devices_energy_j, max_power_w
+
         if self.objective == "memory":
             return memory
-        if self.objective in ("energy", "carbon"):
-            device = layout.cluster.device
-            busy = device.max_power_w or 1.0
-            idle = device.idle_power_w if device.idle_power_w is not None else 0.5 * busy
-            return busy * compute + idle * max(0.0, step - compute)
+        if self.objective in ("energy", "carbon"):  # carbon is energy times the region's intensity
+            max_power_w(layout.cluster.device.name)  # refuses a device of unpublished power
+            return (
+                devices_energy_j(
+                    layout.cluster.device,
+                    n_devices=layout.cluster.n_devices,
+                    step_time_s=step,
+                    compute_time_s=compute,
+                )
+                or 0.0
+            )
         return step  # time; money is devices x time, and the devices are given
 
     def plan(self, train_step, abstract_args, donated, start):

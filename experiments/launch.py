@@ -14,6 +14,7 @@ examples:
 from __future__ import annotations
 
 import pathlib
+import time
 from typing import Any
 
 from graphs.errors import MeshwrightError
@@ -22,6 +23,7 @@ from placement.experiments._progress import Progress
 
 _OF_THE_STEP = ("model", "train", "cluster")
 _OF_THE_PLAN = ("optimizer", "mesh_shape", "objective", "time_limit_s", "max_evaluations", "seed")
+_PATIENCE_S = 600
 
 
 def main(argv: list[str]) -> int:
@@ -158,11 +160,21 @@ def _plan_of(config: Any, argv: list[str], step: tuple[Any, Any, Any], cluster: 
         )
         plan.save(path)
         _request.add(str(path), request)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("the plan is written")
+    _wait_for(path, request)
     return Plan.load(path).bind(function, *arguments)
+
+
+def _wait_for(path: pathlib.Path, request: list[str]) -> None:
+    """Until process 0 has written the plan of this request. By the file, not by a barrier:
+    those of the CPU give up after 30 seconds, and planning may take longer."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while _request.overrides_of(str(path)) != request:
+        if time.monotonic() > deadline:
+            raise MeshwrightError(
+                f"process 0 wrote no plan to {str(path)!r} in {_PATIENCE_S} seconds; "
+                "put out= on a disk that all processes share"
+            )
+        time.sleep(0.2)
 
 
 def _as_overrides(config: Any, argv: list[str]) -> list[str]:

@@ -251,6 +251,8 @@ def ascend(core, order, rank, is_tree, messages, state, n_steps, target):
         if bound > scalars[0] + 1e-5 * abs(scalars[0]):
             scalars[2] = 0.0
             scalars[1] = min(1.0, scalars[1] * 1.05)
+        elif bound < scalars[0] - 0.03 * abs(scalars[0]):
+            scalars[2] += 4.0  # Far too long a step.
         elif scalars[4] == 0.0 or bound < scalars[0]:
             scalars[2] += 1.0
         if bound > scalars[0]:

@@ -279,9 +279,12 @@ def fused_bytes_s(device: Device, n_bytes) -> np.ndarray:
 
 
 def combine_events(
-    grouping: Grouping, g: int, choices: Choices, pricing: Pricing
+    grouping: Grouping, g: int, choices: Choices, pricing: Pricing, windowed: bool = False
 ) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
-    """Combining partial results of group g: (op, region, seconds [S], bytes [kinds, S])."""
+    """Combining partial results of group g: (op, region, seconds [S], bytes [kinds, S]).
+
+    ``windowed`` says that XLA makes reduce-scatters part of the contraction's loop.
+    """
     graph: Graph = grouping.graph
     item = grouping.groups[g]
     by_op: dict[tuple[int, int], list[int]] = {}
@@ -306,6 +309,8 @@ def combine_events(
         n_bytes[1] = np.where(scatter_mask > 0, after * scatter_ways, 0.0)
         n_bytes[2] = np.where(reduce_mask > 0, after * spread, 0.0)
         seconds = pricing.collective_s(1, scatter_mask, n_bytes[1])
+        if windowed:
+            seconds = np.maximum(seconds, pricing.windowed_s(scatter_mask, n_bytes[1]))
         if tensor.n_bytes > 8:  # scalars are combined together
             seconds = seconds + pricing.collective_s(2, reduce_mask, n_bytes[2])
         events.append((o, op.region, seconds, n_bytes))

@@ -66,6 +66,27 @@ class Pricing:
         time = self.latency_s[kind][mask] + self.seconds_per_byte[kind][mask] * payload_bytes
         return np.where(mask > 0, time, 0.0)
 
+    def windowed_s(self, mask: np.ndarray, payload_bytes: np.ndarray) -> np.ndarray:
+        """Seconds to pass blocks of a buffer once around the group, as windowed matmuls do.
+
+        One ring over all devices of the group, both directions: its slowest factor rules, where
+        several groups share strided links and where a line has no link back.
+        """
+        per_byte = np.array([self._ring_s_per_byte(m) for m in range(1 << len(self.axis_sizes))])
+        return per_byte[mask] * payload_bytes
+
+    def _ring_s_per_byte(self, mask: int) -> float:
+        physical = self.layout.cluster.physical_axes
+        slowest = 0.0
+        for axis, factors in enumerate(self.layout.placement):
+            for f in factors if mask >> axis & 1 else ():
+                along = physical[f.axis]
+                if f.size > 1:
+                    both = 2.0 if along.wraps and f.size == along.size else 1.0
+                    shared = f.stride if along.kind == "ici" else 1
+                    slowest = max(slowest, shared / (both * along.bandwidth_bytes_per_s))
+        return slowest
+
     def shards(self, specs: np.ndarray) -> np.ndarray:
         """[S] number of shards of a tensor with each spec."""
         sizes = np.array(self.axis_sizes, np.float64)

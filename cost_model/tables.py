@@ -240,12 +240,13 @@ def _own_events(grouping, g, n, menu, pricing, stored, hides) -> list[Event]:
         )
         for e in compute_events(grouping, g, menu, pricing, stored)
     ]  # fmt: skip
-    if hides and pricing.device.family == "tpu" and contracts(grouping, g):
+    windowed = hides and pricing.device.family == "tpu" and contracts(grouping, g)
+    if windowed:
         first = events[0]
         extra = windowed_s(grouping, g, menu, pricing)
         if extra.any():
             events.append(dataclasses.replace(first, seconds=extra, label="windowed"))
-    for op, region, seconds, n_bytes in combine_events(grouping, g, menu, pricing):
+    for op, region, seconds, n_bytes in combine_events(grouping, g, menu, pricing, windowed):
         events.append(
             Event(
                 kind=COLLECTIVE, op=op, region=region, node=n, source=-1, seconds=seconds,

@@ -141,7 +141,7 @@ def _plan_of(config: Any, argv: list[str], step: tuple[Any, Any, Any], cluster: 
         return Plan.load(config.plan).bind(function, *arguments)
     path = pathlib.Path(config.out) / "plan.json"
     request = _as_overrides(config, argv)
-    if jax.process_index() == 0 and _request.overrides_of(str(path)) != request:
+    if jax.process_index() == 0 and not _still_holds(path, request, function, arguments):
         import placement
         from placement.solver.preparation import prepare
 
@@ -162,6 +162,23 @@ def _plan_of(config: Any, argv: list[str], step: tuple[Any, Any, Any], cluster: 
         _request.add(str(path), request)
     _wait_for(path, request)
     return Plan.load(path).bind(function, *arguments)
+
+
+def _still_holds(
+    path: pathlib.Path, request: list[str], function: Any, arguments: tuple[Any, ...]
+) -> bool:
+    """Whether the file is a plan of the same request for the same program."""
+    from placement import Plan
+
+    if _request.overrides_of(str(path)) != request:
+        return False
+    try:
+        Plan.load(path).bind(function, *arguments)
+    except MeshwrightError:
+        # Of another version of the program: it is planned again.
+        path.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _wait_for(path: pathlib.Path, request: list[str]) -> None:

@@ -23,8 +23,11 @@ from graphs.errors import MeshwrightError
 from graphs.zoo import active_parameter_count, load_model_config
 from placement.experiments import cli
 from placement.training.batches import Batches, Prefetch
+from placement.training.checkpoint import Checkpoints, Position
 from placement.training.corpus import load_corpus
+from placement.training.loop import Schedule, train
 from placement.training.metrics import MetricsFile, Yardstick, model_flops, read_metrics
+from placement.training.program import Program
 from placement.training.tensorboard import EventFile
 
 STEPS = 24
@@ -161,6 +164,45 @@ def test_checkpoints_of_another_run_are_refused(whole, tmp_path, capsys):
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
     assert cli.main(["launch", *SMALL, "optimizer=fsdp", "seed=1", f"out={tmp_path}"]) == 1
     assert "seed=0" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_a_checkpoint(tmp_path):
+    """A stand-in for the program whose sixth step fails; checkpoints are due every second."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    state = (jax.numpy.zeros(2), jax.numpy.zeros(2))
+
+    def step(params, opt_state, batch):
+        loss = float("nan") if params[0] == 5 else 1.0
+        return params + 1, opt_state, {"loss": loss}
+
+    program = Program(
+        init=lambda seed: state,
+        step=step,
+        evaluate=lambda params, batch: 0.0,
+        abstract_state=jax.eval_shape(lambda: state),
+        state_shardings=(one, one),
+        batch_shardings={"inputs": one, "targets": one},
+    )
+    with pytest.raises(MeshwrightError, match="step 6 is nan"):
+        train(
+            program,
+            batches=batches(),
+            validation=batches(),
+            schedule=Schedule(steps=10, checkpoint_every=2, eval_every=5, eval_batches=1),
+            yardstick=Yardstick(
+                tokens=50,
+                model_flops=1.0,
+                peak_flops_per_s=1.0,
+                predicted_step_time_s=1.0,
+                predicted_energy_j=None,
+            ),
+            start=Position(step=0, windows=0, seed=3, seq_len=10, text="t", model="m"),
+            out=tmp_path,
+        )
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        found = checkpoints.latest()
+    assert found is not None and (found.step, found.windows) == (4, 20)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 5
 
 
 def test_held_out_text_is_not_trained_on():

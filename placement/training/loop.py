@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import time
 from collections.abc import Callable
@@ -57,7 +58,8 @@ def train(
     tensorboard/ in ``out``.
 
     start: where a run without checkpoints begins. on_start hears the step resumed from, on_row
-    every row. Raises MeshwrightError where the checkpoints are of another run.
+    every row. Raises MeshwrightError where the checkpoints are of another run or the loss is no
+    number.
     """
     import jax
 
@@ -94,6 +96,11 @@ def train(
                 began = time.perf_counter()
                 *state, said = program.step(*state, batch)
                 loss = float(said["loss"])
+                if not math.isfinite(loss):
+                    raise MeshwrightError(
+                        f"the loss of step {at.step + 1} is {loss}; lower train.learning_rate or "
+                        "raise train.warmup_steps and launch again from the last checkpoint"
+                    )
                 row = yardstick.row(at.step + 1, loss, time.perf_counter() - began)
                 at = dataclasses.replace(
                     at, step=at.step + 1, windows=at.windows + batches.global_batch

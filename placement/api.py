@@ -14,6 +14,8 @@ from graphs.errors import MeshwrightError
 OBJECTIVES = ("time", "memory", "energy", "carbon", "cost")
 MEMORY_RESERVE = 0.06
 """Share of device memory kept free for the runtime and fragmentation."""
+LEARNED = "learned"
+"""Name of the learned optimizer; until a policy is shipped it is the search, and says so."""
 EXPOSURES = (0.3, 1.0)
 """Shares of hideable communication at which tables are priced; the simulation judges the results."""
 
@@ -47,7 +49,7 @@ def optimize(
       abstract_args: its arguments, pytrees of arrays or ``jax.ShapeDtypeStruct``.
       cluster: notation, ``v5e:16x16``, ``4*v5e:16x16``, ``h100:8x64``, ``cpu:8``.
       objective: what the plan minimises: time | memory | energy | carbon | cost.
-      optimizer: one of :func:`optimizers`.
+      optimizer: one of :func:`optimizers`; ``learned`` falls back to ``search`` with a warning.
       mesh_shape: pins the mesh, axis name -> size; None searches it, or takes the one that the
         function's own sharding constraints name.
       donate_argnums: arguments whose memory the results take: the training state.
@@ -74,6 +76,10 @@ def optimize(
         raise MeshwrightError(
             f"unknown objective {objective!r}; use one of {', '.join(OBJECTIVES)}"
         )
+    notes: tuple[str, ...] = ()
+    if optimizer == LEARNED:
+        optimizer = "search"
+        notes = ("no trained policy is shipped yet: optimizer=learned planned with search",)
     if optimizer not in OPTIMIZERS:
         raise MeshwrightError(
             f"unknown optimizer {optimizer!r}; use one of {', '.join(OPTIMIZERS)}"
@@ -98,6 +104,7 @@ def optimize(
     )
     search.run()
     plan = search.plan(train_step, abstract_args, donated, start)
+    plan = dataclasses.replace(plan, warnings=(*notes, *plan.warnings))
     if throw:
         plan.raise_if_infeasible()
     return plan

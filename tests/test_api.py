@@ -52,6 +52,12 @@ def test_partition_specs_is_the_first_argument():
     assert set(specs) == {"up", "down"}
 
 
+def test_without_a_policy_learned_is_the_search_and_says_so():
+    plan = plan_mlp(optimizer="learned")
+    assert plan.optimizer == "search"
+    assert any("no trained policy" in w for w in plan.warnings)
+
+
 def test_an_evaluation_limit_is_kept():
     plan = plan_mlp(optimizer="random", max_evaluations=10)
     assert plan.evaluations <= 10

@@ -293,7 +293,7 @@ def _row(
         predicted_peak_memory_bytes=measured.get("predicted_peak_memory_bytes"),
         planning_time_s=measured.get("planning_time_s"),
         compile_time_s=compiled.seconds if compiled else None,
-        compile_cpu_time_s=compiled.cpu_seconds if compiled else None,
+        compile_cpu_time_s=(compiled.cpu_seconds or None) if compiled else None,
         kernels=scheduled.kernels if scheduled else 0,
         unknown_kernels=scheduled.unknown_kernels if scheduled else 0,
         full_rematerializations=len(compiled.full_rematerializations) if compiled else 0,

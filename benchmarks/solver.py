@@ -1,6 +1,6 @@
 """The engine against the exact solver on exported train steps, and against references on instances.
 
-    python benchmarks/solver.py exports [--seconds 1] [--exact-seconds 60] [--out FILE.json]
+    python benchmarks/solver.py exports [--seconds 5] [--exact-seconds 60] [--out FILE.json]
     python benchmarks/solver.py instances DIR [--fractions 0.1,1] [--seeds 10] [--out FOLDER]
 
 ``exports`` prices models of the zoo on meshes, sets the memory limit between the least and the
@@ -43,7 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     exports = verbs.add_parser("exports")
-    exports.add_argument("--seconds", type=float, default=1.0)
+    exports.add_argument("--seconds", type=float, default=5.0)
     exports.add_argument("--exact-seconds", type=float, default=60.0)
     exports.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("out/solver_exports.json")
@@ -119,7 +119,7 @@ def exported() -> Iterator[Problem]:
 
 
 def table_problem(model: str, cluster: str, mesh: dict[str, int]) -> Problem:
-    """Tables of one train step on one mesh; batch of one sequence of 2048 per device."""
+    """Tables of one train step on one mesh; batch of one sequence of 1024 per device."""
     from cost_model.cluster import parse_cluster
     from cost_model.layout import layout_for
     from cost_model.tables import build_tables
@@ -129,7 +129,7 @@ def table_problem(model: str, cluster: str, mesh: dict[str, int]) -> Problem:
 
     parsed = parse_cluster(cluster)
     step, arguments, donated = build_train_step(
-        load_model_config(model), global_batch=parsed.n_devices, seq_len=2048
+        load_model_config(model), global_batch=parsed.n_devices, seq_len=1024
     )
     grouping = group(trace(step, *arguments, donate_argnums=donated))
     return build_tables(grouping, layout_for(parsed, mesh), usage_limit_bytes=float("inf")).problem

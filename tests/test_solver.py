@@ -187,7 +187,7 @@ def tied_problem(seed: int, n_nodes: int, most: int) -> Problem:
     for e, (i, j) in enumerate(pairs):
         if k[i] == k[j] and rng.random() < 0.7:
             tie = np.full((k[i], k[i]), FORBIDDEN)
-            tie[np.arange(k[i]), rng.permutation(k[i])] = rng.integers(0, 9, k[i])
+            tie[np.arange(int(k[i])), rng.permutation(k[i])] = rng.integers(0, 9, k[i])
             tables[e] = tie.ravel()
     return Problem(**{**fields, "edge_costs": np.concatenate([*tables, np.zeros(0)])})
 

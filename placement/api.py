@@ -146,7 +146,7 @@ class _Search:
         self.deadline, self.max_evaluations, self.seed = deadline, max_evaluations, seed
         self.tied = fold(grouping)
         device = layouts[0].cluster.device
-        self.limit = device.hbm_capacity_bytes * (1.0 - MEMORY_RESERVE)
+        self.limit = device.hbm_available_bytes * (1.0 - MEMORY_RESERVE)
         self.candidates: list[_Candidate] = []
         self.bounds: list[float] = []
         self.evaluations = 0
@@ -303,7 +303,7 @@ class _Search:
         from placement.fits import smallest_fit
 
         cluster = best.layout.cluster
-        capacity = cluster.device.hbm_capacity_bytes
+        capacity = cluster.device.hbm_available_bytes
         sentence = (
             f"no plan fits: the least memory found is {best.memory_bytes / 2**30:.2f} GiB per device "
             f"and {cluster.device.name} has {capacity / 2**30:.2f} GiB, of which "

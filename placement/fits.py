@@ -71,7 +71,7 @@ def larger_clusters(cluster: Cluster) -> Iterator[Cluster]:
 def smallest_fit(grouping: Grouping, cluster: Cluster, share: float) -> str | None:
     """Notation of the first larger cluster on which an assignment was found that fits."""
     for bigger in larger_clusters(cluster):
-        limit = bigger.device.hbm_capacity_bytes * share
+        limit = bigger.device.hbm_available_bytes * share
         for layout in _widest(bigger):
             tables = build_tables(grouping, layout, usage_limit_bytes=limit)
             if least_memory(tables)[0] <= limit:

@@ -218,7 +218,7 @@ def _compile(
     step, args, _ = program
     compiled, scheduled = compile_plan(plan, step, *args, timeout_s=timeout_s)
     status = compiled.status
-    if status == "ok" and compiled.peak_bytes > plan.layout().cluster.device.hbm_capacity_bytes:
+    if status == "ok" and compiled.peak_bytes > plan.layout().cluster.device.hbm_available_bytes:
         status = "out_of_memory"
     return _row(
         name,

@@ -176,7 +176,7 @@ def compile_plan(
 
 def _capacity_bytes(plan: Plan) -> float:
     """What the compiler allows itself; XLA:TPU refuses more by itself, XLA:GPU does not."""
-    return float(plan.layout().cluster.device.hbm_capacity_bytes)
+    return float(plan.layout().cluster.device.hbm_available_bytes)
 
 
 def _underscored(by_kind: Mapping[str, float]) -> dict[str, float]:

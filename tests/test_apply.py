@@ -1,14 +1,17 @@
 """Planned train steps on eight devices give the unsharded program's results.
 
-Each program takes three steps unplanned and three planned; losses and parameters must agree within
-floating-point tolerance. Rules that shard everything are used as well as the search, which on this
-machine's slow links may leave much unsharded.
+Each program takes three steps unplanned and three planned; losses must agree, and parameters as
+closely as the program itself allows: a third run, unplanned, starts from parameters changed by one
+rounding, and its deviation is the yardstick (Adam turns a gradient that is only rounding noise, such
+as an attention key's bias, into a full step). Rules that shard everything are used as well as the
+search, which on this machine's slow links may leave much unsharded.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import PROGRAMS, next_args
+from programs import PROGRAMS, loss_of, next_args
 
 import placement
 
@@ -31,6 +34,18 @@ CASES = [
     ("equinox_partitioned", "fsdp_tp"),
     ("haiku_transformed", "fsdp"),
 ]
+
+
+def nudged(args, donated, relative):
+    """The arguments with the donated state's numbers changed by a relative rounding."""
+    rng = np.random.default_rng(0)
+
+    def nudge(x):
+        if not jnp.issubdtype(getattr(x, "dtype", np.int32), jnp.floating):
+            return x
+        return x * (1 + relative * rng.uniform(-1, 1, np.shape(x))).astype(x.dtype)
+
+    return tuple(jax.tree.map(nudge, a) if i in donated else a for i, a in enumerate(args))
 
 
 def numbers(tree):
@@ -62,14 +77,16 @@ def test_three_planned_steps_equal_three_unplanned_ones(name, optimizer):
         plan.apply(step), in_shardings=shardings, out_shardings=plan.out_shardings(mesh)
     )
     unplanned = jax.jit(step)
-    ours, theirs = args, args
+    rounding = 4e-3 if "bfloat16" in name else 1e-6
+    ours, theirs, near = args, args, nudged(args, donated, rounding)
     for _ in range(3):
-        expected = unplanned(*theirs)
+        expected, close = unplanned(*theirs), unplanned(*near)
         got = planned(*jax.device_put(ours, shardings))
-        theirs, ours = next_args(args, donated, expected), next_args(args, donated, got)
-    tolerance = 3e-2 if "bfloat16" in name else 2e-3
-    for a, b in zip(numbers(expected), numbers(got), strict=True):
-        np.testing.assert_allclose(b, a, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(loss_of(got), loss_of(expected), rtol=max(1e-4, rounding))
+        theirs, near, ours = (next_args(args, donated, x) for x in (expected, close, got))
+    for a, b, c in zip(numbers(expected), numbers(got), numbers(close), strict=True):
+        yardstick = np.abs(c - a).max(initial=0.0)
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4 + 3 * yardstick)
     if optimizer == "fsdp":
         sharded = [leaf for leaf in plan.inputs if any(leaf.spec)]
         assert sharded, "fsdp shards something, so the comparison is of sharded computation"

@@ -15,6 +15,10 @@ from placement.plan import LeafSpec, SpecEntries
 
 SMALL = 2048
 """Values with fewer elements are left to the compiler."""
+ALWAYS = frozenset(["sharding_constraint", "conv_general_dilated"])
+"""Primitives whose operands and results are pinned however small: what the user pinned, and
+convolutions, whose weight gradient XLA's partitioner gets wrong where it may shard the window
+(``tests/test_apply.py``: a depthwise convolution, four times its gradient)."""
 
 
 def tensor_specs(tables: Tables, assignment: np.ndarray) -> dict[int, Spec]:
@@ -75,20 +79,22 @@ def decode(
         tensor = graph.tensors[t]
         if tensor.producer < 0:
             continue
-        by_hand = graph.ops[tensor.producer].primitive == "sharding_constraint"
-        if by_hand or math.prod(tensor.shape) >= SMALL:
+        always = graph.ops[tensor.producer].primitive in ALWAYS
+        if always or math.prod(tensor.shape) >= SMALL:
             results[t] = named(specs[t])
     operands: dict[tuple[int, int], SpecEntries] = {}
     for g, item in enumerate(grouping.groups):
-        if item.kind == COPY or not pin_operands:
+        if item.kind == COPY:
             continue
         node = int(tables.node_of[g])
         menu, pick = tables.choices[node], int(assignment[node])
         for view in item.views:
-            if math.prod(graph.tensors[view.tensor].shape) < SMALL:
-                continue
+            small = math.prod(graph.tensors[view.tensor].shape) < SMALL
             spec = spec_of(menu.specs(view.dims)[pick], len(view.dims))
             if spec != specs[view.tensor]:
                 for op in view.ops:
+                    left_open = small or not pin_operands
+                    if left_open and graph.ops[op].primitive not in ALWAYS:
+                        continue
                     operands[(op, view.tensor)] = named(spec)
     return inputs, tuple(outputs), results, operands

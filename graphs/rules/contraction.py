@@ -117,9 +117,8 @@ def convolution(params, ins, outs) -> OpRule:
         f_l[l_feature] = f_r[r_out] = f_o[o_feature] = build.new(groups)
     elif batch_groups == lhs[l_batch] == rhs[r_out]:
         f_l[l_batch] = f_r[r_out] = f_o[o_feature] = build.new(batch_groups)
-        f_l[l_feature] = f_r[r_in] = build.new(lhs[l_feature])
-        if f_l[l_feature] != WHOLE:
-            reduced[f_l[l_feature]] = "sum"
+        # what is contracted stays whole: XLA's partitioner adds partial sums of such convolutions
+        # too often (seen on the CPU: a depthwise weight gradient, times the size of a mesh axis)
     return OpRule(
         operands=(tuple(f_l), tuple(f_r)),
         results=(tuple(f_o),),

@@ -48,6 +48,10 @@ VERBS = tuple(v for v in _ALL if importlib.util.find_spec(f"{__package__}.{v.mod
 """Those whose module is part of this installation."""
 
 
+_ON_DEVICES = frozenset(["launch", "profile", "train_policy"])
+"""Verbs that use the accelerators of the machine they run on; the others only plan for some."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit status: 0 only where the work was done."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -103,6 +107,8 @@ def find_verb(name: str):
         raise MeshwrightError(
             f"unknown verb {name!r}: {hint}choose one of {', '.join(v.name for v in VERBS)}"
         )
+    if verb.name not in _ON_DEVICES:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX would take libtpu from the compiler
     return importlib.import_module(f"{__package__}.{verb.module}").main
 
 

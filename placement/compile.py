@@ -32,6 +32,9 @@ from placement import compile_cache, hlo
 
 _TPU_FLAGS = ("--xla_dump_to={dump}", "--xla_dump_hlo_as_text=true")
 _GPU_FLAGS = ("--xla_gpu_enable_triton_gemm=false", "--xla_gpu_autotune_level=0")
+_TAKEN = "libtpu multi-process lockfile"
+"""What libtpu says while another process has it loaded."""
+_PAUSE_S = 3.0
 _REMATERIALIZED = re.compile(r"Involuntary full rematerialization[^\n]*")
 _PLUGIN = {
     "tpu": ("libtpu", "libtpu", "tpu"),
@@ -173,7 +176,7 @@ def compile_text(
     text_path = folder / f"{key}.txt.gz"
     if entry is not None and (entry["status"] != "ok" or text_path.exists()):
         return compiled_of_entry(entry, key, text_path, versions, cached=True)
-    entry, scheduled = _run_child(request, text, timeout_s)
+    entry, scheduled = _when_free(request, text, timeout_s)
     if scheduled is not None:
         compile_cache.store_text(text_path, scheduled)
     if entry["status"] != "failed":  # a failure may be the environment's, so it is tried again
@@ -233,6 +236,37 @@ def _versions(platform: str) -> dict[str, str]:
         )
     names = ("jax", "jaxlib", distribution)
     return {name: importlib.metadata.version(name) for name in names}
+
+
+def _when_free(
+    request: dict[str, Any], text: str, timeout_s: float
+) -> tuple[dict[str, Any], str | None]:
+    """Run the child; while another program holds libtpu, wait and try again."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        entry, scheduled = _run_child(request, text, max(1.0, deadline - time.monotonic()))
+        if entry["status"] != "failed" or _TAKEN not in entry["message"]:
+            return entry, scheduled
+        if _loaded_here():
+            raise MeshwrightError(
+                "this process has loaded libtpu itself, which keeps the compiler's process from it; "
+                "set JAX_PLATFORMS=cpu before JAX starts"
+            )
+        if time.monotonic() + _PAUSE_S >= deadline:
+            raise MeshwrightError(
+                f"another program has been using libtpu for {timeout_s:.0f} s; end it, or remove "
+                "its lock file /tmp/libtpu_lockfile if it is gone, and try again"
+            )
+        time.sleep(_PAUSE_S)
+
+
+def _loaded_here() -> bool:
+    """Whether libtpu is mapped into this process (JAX loads it where it may use TPUs)."""
+    try:
+        maps = pathlib.Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "libtpu.so" in maps
 
 
 def _run_child(

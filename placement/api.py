@@ -243,7 +243,7 @@ class _Search:
         from placement.plan import Plan
 
         fitting = [c for c in self.candidates if c.memory_bytes <= self.limit]
-        if not fitting:
+        if not fitting and self.optimizer not in HAND_TUNED:  # a rule that does not fit is that
             self._lean()
             fitting = [c for c in self.candidates if c.memory_bytes <= self.limit]
         pool = fitting or self.candidates
@@ -301,6 +301,7 @@ class _Search:
 
     def _why_not(self, best: _Candidate) -> str:
         from placement.fits import smallest_fit
+        from placement.optimizers import HAND_TUNED
 
         cluster = best.layout.cluster
         capacity = cluster.device.hbm_available_bytes
@@ -309,6 +310,8 @@ class _Search:
             f"and {cluster.device.name} has {capacity / 2**30:.2f} GiB, of which "
             f"{MEMORY_RESERVE:.0%} is reserved"
         )
+        if self.optimizer in HAND_TUNED:
+            return f"{sentence}; {self.optimizer} is a fixed rule, use optimizer=search"
         bigger = smallest_fit(self.grouping, cluster, 1.0 - MEMORY_RESERVE)
         if bigger is None:
             return (

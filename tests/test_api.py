@@ -97,6 +97,14 @@ def test_a_model_that_cannot_fit_says_the_least_memory_and_the_smallest_cluster(
     assert plan.status != "feasible"
 
 
+def test_a_rule_that_does_not_fit_is_not_replaced_by_another_plan():
+    step, args = mlp_step(8, scan=True, scale=400)
+    shared = dict(cluster="v5e:2x4", donate_argnums=(0, 1))
+    with pytest.raises(InfeasibleError, match="fixed rule"):
+        placement.optimize(step, *args, optimizer="data_parallel", **shared)
+    assert placement.optimize(step, *args, **shared).status == "feasible"
+
+
 def test_a_dimension_that_no_axis_divides_stays_whole():
     plan = placement.optimize(
         lambda w, x: (w - 0.1 * (x.T @ (x @ w)), (x @ w).sum()),

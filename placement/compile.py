@@ -255,7 +255,7 @@ def _when_free(
         if time.monotonic() + _PAUSE_S >= deadline:
             raise MeshwrightError(
                 f"another program has been using libtpu for {timeout_s:.0f} s; end it, or remove "
-                "its lock file /tmp/libtpu_lockfile if it is gone, and try again"
+                "libtpu_lockfile from the temporary folder if it is gone, and try again"
             )
         time.sleep(_PAUSE_S)
 

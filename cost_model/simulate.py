@@ -19,7 +19,7 @@ import numba
 import numpy as np
 
 from cost_model.pricing import KINDS
-from cost_model.tables import COLLECTIVE, COMPUTE, RESHARD, Tables
+from cost_model.tables import COMPUTE, RESHARD, Tables
 
 _BLOCK, _EARLY, _LATE = 0, 1, 2
 """How a communication event meets computation: stops it, may start early, may end late."""
@@ -224,6 +224,3 @@ def _simulate(
         out[k, 1] = computed
         out[k, 2] = communicated
     return out
-
-
-__all__ = ["COLLECTIVE", "Simulator"]

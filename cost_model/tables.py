@@ -29,7 +29,6 @@ from graphs.choices import Choices, choices_of
 from graphs.errors import MeshwrightError
 from graphs.fold import fold
 from graphs.groups import COPY, HEAVY, LEAF, Grouping
-from graphs.rules import WHOLE
 
 COMPUTE, COLLECTIVE, RESHARD = 0, 1, 2
 
@@ -392,6 +391,3 @@ def _problem(grouping, layout, node_of, choices, node_costs, edges, pricing, sto
         usage_limit=limit,
     )
     return problem, tuple(e.label for e in entries)
-
-
-__all__ = ["COLLECTIVE", "COMPUTE", "RESHARD", "WHOLE", "Event", "Tables", "build_tables"]

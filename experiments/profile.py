@@ -68,10 +68,10 @@ class _Store:
     """Finished measurements of one device, one JSON line each, for these library versions."""
 
     def __init__(self, folder: str | None, device: str) -> None:
-        from cost_model.calibration.measure import versions
+        from cost_model.calibration.measure import cache_dir, versions
 
         tag = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode()).hexdigest()[:12]
-        root = pathlib.Path(folder or pathlib.Path.home() / ".cache" / "meshwright" / "profile")
+        root = pathlib.Path(folder or cache_dir() / "profile")
         root.mkdir(parents=True, exist_ok=True)
         self.path = root / f"{device}-{tag}.jsonl"
         self.records: dict[str, dict[str, Any]] = {}

@@ -23,6 +23,14 @@ Record = dict[str, Any]
 """name, then seconds or cycles with their counts, or error."""
 
 
+def cache_dir() -> pathlib.Path:
+    """``$MESHWRIGHT_CACHE_DIR`` or ``~/.cache/meshwright``, made if it is not there."""
+    root = os.environ.get("MESHWRIGHT_CACHE_DIR")
+    folder = pathlib.Path(root).expanduser() if root else pathlib.Path.home() / ".cache/meshwright"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def versions() -> dict[str, str]:
     """Versions of what measures."""
     from importlib import metadata
@@ -119,9 +127,7 @@ def _lines(child: subprocess.Popen[str], timeout_s: float) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _libtpu_lock() -> Iterator[None]:
-    folder = pathlib.Path.home() / ".cache" / "meshwright"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "libtpu.lock", "w") as handle:
+    with open(cache_dir() / "libtpu.lock", "ab") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 

@@ -7,8 +7,8 @@ Specs are rows of ``int8``: for each mesh axis the tensor dimension it shards, o
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
+import numba
 import numpy as np
 
 from cost_model.collectives import collective_time_s
@@ -114,34 +114,56 @@ def reshard(p: np.ndarray, q: np.ndarray, n_bytes: float, pricing: Pricing) -> R
     one all-gather for the axes that are dropped. Where an axis leaves or joins a dimension on which
     a more minor axis stays, blocks are out of order and are permuted as well.
     """
-    a, b = p[:, None, :], q[None, :, :]
-    sizes = np.array(pricing.axis_sizes, np.float64)
-    gather = (a >= 0) & (b < 0)
-    cut = (a < 0) & (b >= 0)
-    move = (a >= 0) & (b >= 0) & (a != b)
-    start = n_bytes / pricing.shards(p)[:, None]
-    local = start / np.where(cut, sizes, 1.0).prod(-1)
-    bytes_by_kind = np.zeros((len(KINDS), len(p), len(q)))
-    seconds = np.zeros((len(p), len(q)))
-    for axis in range(p.shape[1]):
-        moving = move[..., axis]
-        if moving.any():
-            mask = np.where(moving, 1 << axis, 0)
-            seconds += pricing.collective_s(3, mask, local)
-            bytes_by_kind[3] += np.where(moving, local, 0.0)
-    mask = pricing.masks(gather)
-    full = local * np.where(gather, sizes, 1.0).prod(-1)
-    seconds += pricing.collective_s(0, mask, full)
-    bytes_by_kind[0] += np.where(mask > 0, full, 0.0)
-    for major, minor in itertools.combinations(range(p.shape[1]), 2):
-        if pricing.axis_sizes[major] == 1 or pricing.axis_sizes[minor] == 1:
-            continue
-        stays = (a[..., minor] >= 0) & (a[..., minor] == b[..., minor])
-        leaves = (a[..., major] == a[..., minor]) & (b[..., major] != a[..., major])
-        joins = (b[..., major] == b[..., minor]) & (a[..., major] != b[..., major])
-        wrong = stays & (leaves | joins)
-        if wrong.any():
-            both = np.where(wrong, (1 << major) | (1 << minor), 0)
-            seconds += 2 * pricing.collective_s(4, both, start)
-            bytes_by_kind[4] += np.where(wrong, start, 0.0)
+    seconds, bytes_by_kind = _reshard(
+        np.ascontiguousarray(p, np.int8),
+        np.ascontiguousarray(q, np.int8),
+        n_bytes / pricing.shards(p),
+        np.array(pricing.axis_sizes, np.float64),
+        pricing.latency_s,
+        pricing.seconds_per_byte,
+    )
     return Reshard(seconds=seconds, bytes_by_kind=bytes_by_kind)
+
+
+@numba.njit(cache=True)
+def _reshard(p, q, start, sizes, latency_s, seconds_per_byte):
+    """(seconds [P, Q], bytes [kinds, P, Q]); start [P] is the local size under p."""
+    n_axes = p.shape[1]
+    seconds = np.zeros((len(p), len(q)))
+    moved = np.zeros((len(latency_s), len(p), len(q)))
+    for i in range(len(p)):
+        for j in range(len(q)):
+            cut = 1.0
+            gathered = 1.0
+            gather = 0
+            for axis in range(n_axes):
+                if p[i, axis] < 0 and q[j, axis] >= 0:
+                    cut *= sizes[axis]
+                elif p[i, axis] >= 0 and q[j, axis] < 0:
+                    gathered *= sizes[axis]
+                    gather |= 1 << axis
+            local = start[i] / cut
+            total = 0.0
+            for axis in range(n_axes):
+                if p[i, axis] >= 0 and q[j, axis] >= 0 and p[i, axis] != q[j, axis]:
+                    mask = 1 << axis
+                    total += latency_s[3, mask] + seconds_per_byte[3, mask] * local
+                    moved[3, i, j] += local
+            if gather:
+                full = local * gathered
+                total += latency_s[0, gather] + seconds_per_byte[0, gather] * full
+                moved[0, i, j] += full
+            for major in range(n_axes):
+                for minor in range(major + 1, n_axes):
+                    if sizes[major] == 1.0 or sizes[minor] == 1.0:
+                        continue
+                    if p[i, minor] < 0 or p[i, minor] != q[j, minor]:
+                        continue
+                    leaves = p[i, major] == p[i, minor] and q[j, major] != p[i, major]
+                    joins = q[j, major] == q[j, minor] and p[i, major] != q[j, major]
+                    if leaves or joins:
+                        mask = (1 << major) | (1 << minor)
+                        total += 2 * (latency_s[4, mask] + seconds_per_byte[4, mask] * start[i])
+                        moved[4, i, j] += start[i]
+            seconds[i, j] = total
+    return seconds, moved

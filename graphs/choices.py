@@ -9,7 +9,6 @@ how: ``scatter`` names the result class that the combined result is scattered al
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import numpy as np
 
@@ -66,20 +65,25 @@ def choices_of(group: Group, axis_sizes: tuple[int, ...], limit: int = 4096) -> 
                     if c in reduced and c not in kept:
                         axis += [(c, k) for k in sorted(kept) if group.sizes[k] % size == 0]
         options.append(axis)
-    rows = []
-    for combo in itertools.product(*options):
-        load: dict[int, int] = {}
-        for (c, k), size in zip(combo, axis_sizes):
+    # a partial choice that divides can always be completed with NONE, so that cutting the partial
+    # ones at the limit keeps the first `limit` choices in the order of the product
+    rows = np.zeros((1, 0, 2), np.int8)
+    load = np.ones((1, max(len(group.sizes), 1)), np.int64)
+    whole = np.array(group.sizes or (1,), np.int64)
+    for axis, size in zip(options, axis_sizes):
+        added = np.array(axis, np.int8)
+        factor = np.ones((len(axis), load.shape[1]), np.int64)
+        for n, (c, k) in enumerate(axis):
             if c != NONE:
-                load[c] = load.get(c, 1) * size
+                factor[n, c] *= size
             if k != NONE:
-                load[k] = load.get(k, 1) * size
-        if all(group.sizes[c] % n == 0 for c, n in load.items()):
-            rows.append(combo)
-            if len(rows) >= limit:
-                break
-    array = np.array(rows, np.int8).reshape(len(rows), len(axis_sizes), 2)
-    return Choices(place=array[..., 0].copy(), scatter=array[..., 1].copy())
+                factor[n, k] *= size
+        loads = (load[:, None, :] * factor[None]).reshape(-1, load.shape[1])
+        ok = np.flatnonzero((whole % loads == 0).all(axis=1))[:limit]
+        old, new = np.divmod(ok, len(axis))
+        rows = np.concatenate([rows[old], added[new][:, None, :]], axis=1)
+        load = loads[ok]
+    return Choices(place=rows[..., 0].copy(), scatter=rows[..., 1].copy())
 
 
 def spec_of(row: np.ndarray, rank: int) -> Spec:

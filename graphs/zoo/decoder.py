@@ -110,22 +110,28 @@ class Decoder(nnx.Module):
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, S] -> [B, S, D], what the head reads."""
+        x, rotary = self.embed(tokens), self.rotary(tokens.shape[1])
+        for segment in self.config.segments():
+            x = getattr(self, segment.name)(x, rotary)
+        return self.final_norm(x)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32 [B, S] -> [B, S, D], what the first layer reads."""
         config, dtype = self.config, jnp.dtype(self.options.compute_dtype)
-        seq_len = tokens.shape[1]
         x = weight(self.embedding, dtype)[tokens]
         if config.scale_embeddings:
             x = x * jnp.asarray(math.sqrt(config.d_model), dtype)
         if config.position == "learned":
-            x = x + weight(self.position_embedding, dtype)[:seq_len]
-        if config.embedding_norm:
-            x = self.embedding_norm(x)
-        rotary = None
-        if config.position == "rope":
-            width = config.qk_rope_dim if config.attention == "mla" else config.head_dim
-            rotary = rotary_tables(seq_len, width, config.rope_theta)
-        for segment in config.segments():
-            x = getattr(self, segment.name)(x, rotary)
-        return self.final_norm(x)
+            x = x + weight(self.position_embedding, dtype)[: tokens.shape[1]]
+        return self.embedding_norm(x) if config.embedding_norm else x
+
+    def rotary(self, seq_len: int) -> Rotary | None:
+        """Rotary tables of the layers, where the model has rotary positions."""
+        config = self.config
+        if config.position != "rope":
+            return None
+        width = config.qk_rope_dim if config.attention == "mla" else config.head_dim
+        return rotary_tables(seq_len, width, config.rope_theta)
 
     def head_weight(self) -> jax.Array:
         """[D, V] in the compute type."""

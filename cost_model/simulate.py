@@ -18,6 +18,7 @@ import dataclasses
 import numba
 import numpy as np
 
+from cost_model.operands import add_operands
 from cost_model.pricing import KINDS
 from cost_model.tables import COMPUTE, RESHARD, Tables
 
@@ -122,12 +123,12 @@ class Simulator:
         """[ops + 2] live bytes at each position."""
         p = self.tables.problem
         n = len(self.tables.grouping.graph.ops) + 2
-        if not len(p.usage_nodes):
-            return np.zeros(n)
-        values = p.usages[p.usage_offsets[:-1] + assignment[p.usage_nodes]]
         profile = np.zeros(n + 1)
-        np.add.at(profile, p.usage_intervals[:, 0], values)
-        np.add.at(profile, np.minimum(p.usage_intervals[:, 1], n), -values)
+        if len(p.usage_nodes):
+            values = p.usages[p.usage_offsets[:-1] + assignment[p.usage_nodes]]
+            np.add.at(profile, p.usage_intervals[:, 0], values)
+            np.add.at(profile, np.minimum(p.usage_intervals[:, 1], n), -values)
+        add_operands(profile, self.tables.operands, assignment)
         return np.cumsum(profile)[:-1]
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from cost_model.layout import MeshLayout
 from cost_model.live import readers_of, usage_entries
+from cost_model.operands import Operand, operand
 from cost_model.operators import (
     combine_events,
     compute_events,
@@ -78,6 +79,8 @@ class Tables:
     """In program order."""
     usage_labels: tuple[str, ...]
     """[usage entries] what each entry holds."""
+    operands: tuple[Operand, ...]
+    """Copies that resharded activations need; the problem's memory leaves them out."""
     exposure: float
     """Share of hideable communication that ``problem`` charges."""
     hidden_node_costs: np.ndarray
@@ -157,8 +160,11 @@ def build_tables(
             events += _moved(own, grouping.groups[g], grouping.groups[other])
     edges: dict[tuple[int, int], np.ndarray] = {}
     edge_hidden: dict[tuple[int, int], np.ndarray] = {}
-    for event, source, weight in _reshards(grouping, node_of, choices, pricing, times):
+    operands = []
+    for event, source, weight, copy in _reshards(grouping, node_of, choices, pricing, times):
         events.append(event)
+        if copy is not None:
+            operands.append(copy)
         _charge(event, source, weight * (exposure if event.hides else 1.0), node_costs, edges)
         if event.hides:
             _charge(event, source, weight, node_hidden, edge_hidden)
@@ -180,6 +186,7 @@ def build_tables(
         problem=problem,
         events=tuple(events[i] for i in order),
         usage_labels=labels,
+        operands=tuple(operands),
         exposure=exposure,
         hidden_node_costs=np.concatenate(node_hidden) if node_hidden else np.zeros(0),
         hidden_edge_costs=np.concatenate(hidden_edges) if hidden_edges else np.zeros(0),
@@ -305,7 +312,7 @@ def _unique(specs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _reshards(grouping, node_of, choices, pricing, times):
-    """Every resharding that can take time: (event, source node, trips)."""
+    """Every resharding that can take time: (event, source node, trips, the copy it makes)."""
     graph = grouping.graph
     priced: dict[tuple, Reshard] = {}
     spec_cache: dict[tuple, tuple] = {}
@@ -342,12 +349,18 @@ def _reshards(grouping, node_of, choices, pricing, times):
             priced_pair, rows, columns = price(source, view.tensor, j, view.dims)
             hides = _from_weights(grouping, source)
             if priced_pair.seconds.any():
-                where = min(view.ops) if view.ops else _first_reader(readers, view)
-                yield Event(
-                    kind=RESHARD, op=where, region=view.region, node=j, source=i,
+                ops = view.ops or readers.get((view.tensor, view.region), [0])
+                event = Event(
+                    kind=RESHARD, op=min(ops), region=view.region, node=j, source=i,
                     seconds=priced_pair.seconds, n_bytes=priced_pair.bytes_by_kind, rows=rows,
                     columns=columns, hides=hides, label="weights" if hides else "activations",
-                ), i, times[view.region]  # fmt: skip
+                )  # fmt: skip
+                copy = None
+                if not hides:
+                    specs, _ = spec_cache[(j, "v", *view.dims)]
+                    size = graph.tensors[view.tensor].n_bytes
+                    copy = operand(event, size, pricing.shards(specs), max(ops) + 1)
+                yield event, i, times[view.region], copy
     last = len(graph.ops) - 1
     for a, b in graph.aliases:
         t_in, t_out = graph.inputs[a], graph.outputs[b]
@@ -360,12 +373,7 @@ def _reshards(grouping, node_of, choices, pricing, times):
                 kind=RESHARD, op=last, region=0, node=j, source=i, seconds=pair.seconds,
                 n_bytes=pair.bytes_by_kind, rows=rows, columns=columns, hides=False,
                 label="updated weights",
-            ), i, 1.0  # fmt: skip
-
-
-def _first_reader(readers, view) -> int:
-    """First op that reads through a copy group."""
-    return min(readers.get((view.tensor, view.region), [0]))
+            ), i, 1.0, None  # fmt: skip
 
 
 def _problem(grouping, layout, node_of, choices, node_costs, edges, pricing, stored, limit):

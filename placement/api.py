@@ -166,10 +166,11 @@ class _Search:
         return spent or time.monotonic() >= self.deadline
 
     def _solve_layout(self, layout, remaining: int) -> None:
+        from cost_model.operands import with_operands
         from cost_model.simulate import Simulator
         from cost_model.tables import build_tables
         from placement.bound import simulation_bound_s
-        from placement.optimizers import OPTIMIZERS, Budget
+        from placement.optimizers import HAND_TUNED, OPTIMIZERS, Budget
 
         propose = OPTIMIZERS[self.optimizer]
         base = build_tables(
@@ -193,11 +194,21 @@ class _Search:
                 Budget(time_limit_s=self._slice(remaining), max_evaluations=evaluations),
             )
             self.evaluations += found.evaluations
-            self._judge(layout, simulator, found)
+            memory = self._judge(layout, simulator, found)
+            if found.feasible and memory > self.limit and self.optimizer not in HAND_TUNED:
+                counted = with_operands(tables.problem, tables.operands)
+                found = propose(
+                    dataclasses.replace(tables, problem=counted),
+                    self.seed,
+                    Budget(time_limit_s=self._slice(remaining), max_evaluations=evaluations),
+                )
+                self.evaluations += found.evaluations
+                self._judge(layout, simulator, found)
             if self._expired():
                 break
 
-    def _judge(self, layout, simulator, found) -> None:
+    def _judge(self, layout, simulator, found) -> float:
+        """Add the candidate; its peak memory, bytes."""
         step, compute, _ = simulator(found.choices)[0]
         memory = simulator.peak_memory_bytes(found.choices)
         self.candidates.append(
@@ -213,6 +224,7 @@ class _Search:
                 table_bound_s=found.lower_bound_s,
             )
         )
+        return memory
 
     def _score(self, step: float, compute: float, memory: float, layout) -> float:
         from cost_model.energy import devices_energy_j, max_power_w

@@ -11,6 +11,7 @@ from test_groups import arg, mlp_step
 from cost_model.cluster import parse_cluster
 from cost_model.estimate import estimate, table_cost
 from cost_model.layout import layout_for
+from cost_model.operands import with_operands
 from cost_model.pricing import Pricing, reshard
 from cost_model.simulate import Simulator
 from cost_model.tables import build_tables
@@ -143,3 +144,24 @@ def test_tight_memory_shards_the_state():
     assert estimate(Simulator.of(tight), found.assignment).peak_memory_bytes <= state * 0.6
     per_class = estimate(Simulator.of(tight), found.assignment).memory_by_class_bytes
     assert per_class["state"] < state
+
+
+def test_a_gathered_operand_is_in_memory_while_it_is_read():
+    step, args = mlp_step(2, False, scale=64)
+    t = tables(step, args)
+    assert t.operands
+    simulator = Simulator.of(t)
+    counted = with_operands(t.problem, t.operands)
+    rng = np.random.default_rng(0)
+    gathered = 0
+    for _ in range(50):
+        x = rng.integers(0, t.problem.n_strategies())
+        profile = simulator.memory_profile(x)
+        for o in t.operands:
+            copy = o.held_bytes[o.rows[x[o.source]], o.columns[x[o.node]]]
+            gathered += copy > 0
+            assert (profile[slice(*o.interval)] >= copy).all()
+        exact = profile.max()
+        assert t.problem.peak_usage(x) <= exact * (1 + 1e-9)
+        assert exact <= counted.peak_usage(x) * (1 + 1e-9)
+    assert gathered

@@ -29,7 +29,7 @@ $(PLANNING): pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(TESTING): pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[tpu,gpu,train,dev]'
+	$(INSTALL) -e '.[tpu,gpu,train,sweep,dev]'
 	$(BIN)/python -m placement.solver.warm
 	touch $@ $(PLANNING)
 

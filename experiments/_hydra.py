@@ -6,14 +6,16 @@ is written in its notation, ``cluster=v5p:8x8x16``, or chosen from the files of 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
 from graphs.errors import MeshwrightError
 
-_CONFIGS = "placement.configs"
+CONFIGS = "placement.configs"
 _HYDRA_ALSO_RAISES = (ValueError, TypeError, KeyError, AttributeError)
 """What malformed overrides make Hydra raise besides its own exceptions."""
 
@@ -26,7 +28,7 @@ def wants_help(argv: list[str]) -> bool:
 def groups() -> dict[str, list[str]]:
     """Names of the files of every configuration group."""
     found = {}
-    for folder in files(_CONFIGS).iterdir():
+    for folder in files(CONFIGS).iterdir():
         if folder.is_dir():
             names = sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
             if names:
@@ -43,18 +45,28 @@ def compose(name: str, overrides: list[str]) -> Any:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     checked = [_checked(text) for text in overrides]
     GlobalHydra.instance().clear()
+    with (
+        sentences(name),
+        initialize_config_module(config_module=CONFIGS, version_base="1.3"),
+    ):
+        config = hydra_compose(config_name=name, overrides=checked)
+        chosen = _chosen(checked)
+        if chosen != checked:
+            _check_types(config, hydra_compose(config_name=name, overrides=chosen))
+        return config
+
+
+@contextlib.contextmanager
+def sentences(name: str) -> Iterator[None]:
+    """What Hydra raises inside, as a MeshwrightError about the configuration ``name``."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
-        with initialize_config_module(config_module=_CONFIGS, version_base="1.3"):
-            config = hydra_compose(config_name=name, overrides=checked)
-            chosen = _chosen(checked)
-            if chosen != checked:
-                _check_types(config, hydra_compose(config_name=name, overrides=chosen))
-            return config
+        yield
     except MeshwrightError:
         raise
     except (HydraException, OmegaConfBaseException, *_HYDRA_ALSO_RAISES) as error:
@@ -95,7 +107,21 @@ def help_text(doc: str | None, name: str) -> str:
     return f"{(doc or '').strip()}\n\nkeys and defaults:\n{_indent(config)}\n\nchoices:\n{chosen}"
 
 
-def _checked(text: str) -> str:
+def sweep_overrides(overrides: list[str]) -> list[str]:
+    """Overrides that may name several values, ``optimizer=fsdp,zero1``, each checked on its own;
+    those of Hydra itself (``hydra/launcher=slurm``) as they are.
+
+    Raises:
+        MeshwrightError: a malformed override or an unknown choice.
+    """
+    return [t if _of_hydra(t) else _checked(t, several=True) for t in overrides]
+
+
+def _of_hydra(text: str) -> bool:
+    return text.lstrip("+~").startswith(("hydra/", "hydra."))
+
+
+def _checked(text: str, *, several: bool = False) -> str:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -105,23 +131,27 @@ def _checked(text: str) -> str:
         raise MeshwrightError(f"{text!r} is not an override: write key=value")
     try:
         override = OverridesParser.create().parse_override(text)
-        value = None if override.is_sweep_override() else override.value()
+        sweeps = override.is_sweep_override()
+        values = [] if sweeps else [override.value()]
+        if several and override.is_discrete_sweep():
+            values = list(override.sweep_string_iterator())
     except HydraException as error:
         raise MeshwrightError(
             f"the override {text!r} cannot be read: quote values with special characters, "
             "as in 'key=\"a b\"'"
         ) from error
-    if override.is_sweep_override():
-        raise MeshwrightError(f"{text!r} names several values: give one")
+    if sweeps and not several:
+        raise MeshwrightError(f"{text!r} names several values: give one, or sweep with --multirun")
     key = override.key_or_group
     choices = groups().get(key)
-    if choices is None or override.is_delete() or value in choices:
+    if choices is None or override.is_delete() or all(value in choices for value in values):
         return text
     if key == "cluster":
-        return f'cluster.notation="{value}"'
-    near = difflib.get_close_matches(str(value), choices, n=1)
+        return "cluster.notation=" + ",".join(f'"{value}"' for value in values)
+    wrong = next(value for value in values if value not in choices)
+    near = difflib.get_close_matches(str(wrong), choices, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise MeshwrightError(f"no {key} named {value!r}: {hint}choose one of {', '.join(choices)}")
+    raise MeshwrightError(f"no {key} named {wrong!r}: {hint}choose one of {', '.join(choices)}")
 
 
 def _chosen(overrides: list[str]) -> list[str]:

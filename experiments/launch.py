@@ -9,20 +9,26 @@ examples:
   meshwright launch model=tiny cluster=cpu:8 optimizer=fsdp steps=100 out=out/fsdp
   meshwright launch plan=out/plan.json steps=1000
   meshwright launch cluster=cpu:8 distributed=true coordinator=localhost:9911 processes=2 process=0
+  meshwright launch --multirun optimizer=fsdp,zero1,search out=out/sweep
+  meshwright launch --multirun hydra/launcher=slurm model=gpt2_small cluster=h100:8x1 seed=0,1
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from graphs.errors import MeshwrightError
-from placement.experiments import _devices, _hydra, _pareto, _request, _summary
+from placement.experiments import _devices, _hydra, _pareto, _request, _summary, _sweep
 from placement.experiments._progress import Progress
 
 _OF_THE_STEP = ("model", "train", "cluster")
 _OF_THE_PLAN = ("optimizer", "mesh_shape", "objective", "time_limit_s", "max_evaluations", "seed")
+_OF_THE_PLACE = ("out", "distributed", "coordinator", "processes", "process")
 _PATIENCE_S = 600
 
 
@@ -30,6 +36,8 @@ def main(argv: list[str]) -> int:
     if _hydra.wants_help(argv):
         print(_hydra.help_text(__doc__, "launch"))
         return 0
+    if _sweep.wanted(argv):
+        return _sweep.run(argv)
     config = _config(argv)
     cluster = _hydra.instantiate(config.cluster)
     devices = _devices.devices_for(cluster, _devices.processes_of(config))
@@ -89,7 +97,7 @@ def main(argv: list[str]) -> int:
     program = build_program(plan, function, arguments, model=model, train=options, devices=devices)
     progress = Progress(schedule.steps, out, shown=jax.process_index() == 0)
     progress.say(*_summary.plan_lines(plan, model.name, cluster, tokens))
-    with progress:
+    with _alone(out, jax.process_index()), progress:
         train(
             program,
             batches=texts[0],
@@ -108,7 +116,18 @@ def main(argv: list[str]) -> int:
             on_start=progress.start,
             on_row=progress.row,
         )
+        if jax.process_index() == 0:
+            _summary.write_json(str(out / _sweep.RESULT), _result(out, argv))
     return 0
+
+
+def _result(out: pathlib.Path, argv: list[str]) -> dict[str, Any]:
+    """The whole run in a few numbers, with what was asked for."""
+    from placement.training.metrics import read_metrics, summary_of
+
+    rows = read_metrics(out / "metrics.jsonl")
+    asked = [t for t in argv if _root(t) not in _OF_THE_PLACE]
+    return {"overrides": asked, "steps": rows[-1]["step"]} | summary_of(rows)
 
 
 def _config(argv: list[str]) -> Any:
@@ -206,6 +225,26 @@ def _as_overrides(config: Any, argv: list[str]) -> list[str]:
 def _root(override: str) -> str:
     """``train`` of ``+train.clip_norm=1``."""
     return override.lstrip("+~").split("=")[0].split(".")[0]
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path, process: int) -> Iterator[None]:
+    """Holds the folder, so that no other launch writes to it meanwhile; process 0 holds it for all.
+
+    The lock is the kernel's, and gone with the process, however that ends.
+    """
+    if process:
+        yield
+        return
+    with open(folder / "lock", "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MeshwrightError(
+                f"another launch is writing to {str(folder)!r}; wait for it, end it, or give "
+                "another out="
+            ) from None
+        yield
 
 
 def _folder(name: str) -> pathlib.Path:

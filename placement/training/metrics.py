@@ -15,7 +15,9 @@ import dataclasses
 import json
 import os
 import pathlib
+import statistics
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from graphs.errors import MeshwrightError
@@ -105,6 +107,29 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
         return []
     whole = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in whole]
+
+
+def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Last losses, and medians of what varies from step to step. rows: at least one.
+
+    Steps that begin a process compile; the median passes over them.
+    """
+    last = rows[-1]
+    held_out = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    middle = {
+        key: statistics.median(row[key] for row in rows)
+        for key in ("step_time_s", "tokens_per_s", "mfu")
+    }
+    predicted = {key: value for key, value in last.items() if key.startswith("predicted_")}
+    return {
+        "loss": last["loss"],
+        "eval_loss": held_out[-1] if held_out else None,
+        **middle,
+        "energy_j": statistics.median(row["energy_j"] for row in rows)
+        if last["energy_j"] is not None
+        else None,
+        **predicted,
+    }
 
 
 def _replace(path: pathlib.Path, text: str) -> None:

@@ -140,10 +140,10 @@ class Instance:
         see it. Without a prior the result is kept in the store.
         """
         began = self.seconds()
-        key = ("solved", self._key(outer), exposure, time_limit_s)
+        key = ("solved", self.key(outer), exposure, time_limit_s)
         simulator = self._judge(outer)
         if prior is None:
-            choices = self._shared(
+            choices = self.shared(
                 key, lambda: self._complete(simulator.tables, None, exposure, time_limit_s)
             )
         else:
@@ -175,11 +175,12 @@ class Instance:
         found = solve(problem, time_limit_s=time_limit_s, bound=False)
         return np.asarray(found.assignment, np.int64)
 
-    def _key(self, outer: Outer) -> tuple[Any, ...]:
+    def key(self, outer: Outer) -> tuple[Any, ...]:
+        """Names a candidate in the store."""
         return (outer.remat, outer.microbatches, outer.layout.key, outer.layout.mesh.axis_sizes)
 
     def _program(self, remat: str | None, microbatches: int):
-        return self._shared(
+        return self.shared(
             ("program", remat, microbatches),
             lambda: trace_variant(self.problem, remat, microbatches),
         )
@@ -202,10 +203,10 @@ class Instance:
             )
             return _slim(Simulator.of(tables))
 
-        return self._shared(("tables", *self._key(outer)), make, size=_size)
+        return self.shared(("tables", *self.key(outer)), make, size=_size)
 
-    def _shared(self, key, make, size=lambda _: 0):
-        """From the store, charged once to this run; or made now."""
+    def shared(self, key, make, size=lambda _: 0):
+        """From the store, charged once to this run; or made now. ``make`` must not nest."""
         store = self._store
         if key in store.items:
             if key not in self._paid:

@@ -1,0 +1,406 @@
+"""What the learned search is compared with, on the same space and the same judge.
+
+Optimizers that work by scoring plans (random, annealing, evolution, tree search) act on an outer
+candidate and a short plan (:mod:`placement.learned.encoding`), completed cheaply; ``random_nodes``
+draws an outer candidate and a choice for every node instead, the raw encoding. ``heuristic`` opens
+candidates in the product's order and completes each by one greedy sweep. ``engine`` and
+``engine_random`` complete every candidate near-optimally by message passing, in the product's order
+and in a random one. ``rules`` are the hand-tuned rules as experts use them: each rule on every mesh
+of its kind, every rematerialisation, the fewest microbatches that fit.
+
+Each takes an instance, a budget and a seed and returns the curve of its best plan. For one seed the
+random orders of outer candidates are the same in all optimizers, so that luck with candidates does
+not decide between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from placement.learned.anytime import Curve, Recorder
+from placement.learned.encoding import (
+    CHOICES_OF_AXIS,
+    FSDP,
+    MAX_AXES,
+    MEMORY_PRICES,
+    ShortPlan,
+    Speaker,
+    random_plan,
+)
+from placement.learned.instance import Instance, Outer
+from placement.whole import REMAT
+
+Baseline = Callable[..., Curve]
+_POPULATION = 16
+_EXPLORATION = 0.4
+_HOT, _COLD = 0.3, 0.003
+_FIRST_CYCLE = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Genome:
+    """A whole plan in short: indices into the instance's options."""
+
+    remat: int
+    microbatches: int
+    layout: int
+    plan: ShortPlan
+
+
+class Scorer:
+    """Judges genomes of one run; keeps the speaker of each candidate opened."""
+
+    def __init__(self, instance: Instance, recorder: Recorder) -> None:
+        self.instance, self.recorder = instance, recorder
+        self._speakers: dict[tuple[int, int, int], Speaker] = {}
+
+    def outer(self, g: Genome) -> Outer:
+        i = self.instance
+        place = (g.remat * len(i.microbatches) + g.microbatches) * len(i.layouts) + g.layout
+        return i.outers[place]
+
+    def __call__(self, g: Genome) -> float:
+        """Log of the step time, with excess memory charged; lower is better."""
+        outer = self.outer(g)
+        speaker = self.instance.shared(
+            ("speaker", *self.instance.key(outer)),
+            lambda: Speaker.of(self.instance.tables(outer)),
+            size=lambda s: s.tables.problem.edge_costs.nbytes // 8 + 1,
+        )
+        found = self.recorder.offer(outer, self.instance.judge(outer, speaker.choices(g.plan)))
+        excess = max(0.0, found.memory_bytes / self.instance.limit_bytes - 1.0)
+        return math.log(found.step_time_s) + (1.0 + 2.0 * excess if excess else 0.0)
+
+
+def outer_order(instance: Instance, seed: int) -> Iterator[int]:
+    """Outer candidates in random order, each once."""
+    yield from np.random.default_rng([seed, 1]).permutation(len(instance.outers)).tolist()
+
+
+def _genome_of(instance: Instance, index: int, plan: ShortPlan) -> Genome:
+    rest, layout = divmod(index, len(instance.layouts))
+    remat, microbatches = divmod(rest, len(instance.microbatches))
+    return Genome(remat=remat, microbatches=microbatches, layout=layout, plan=plan)
+
+
+def random(instance: Instance, *, max_evaluations: int, time_limit_s: float, seed: int) -> Curve:
+    """Random candidates with random short plans."""
+    recorder = Recorder(instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s)
+    score, rng = Scorer(instance, recorder), np.random.default_rng([seed, 2])
+    while not recorder.over():
+        for index in outer_order(instance, seed):
+            if recorder.over():
+                break
+            score(_genome_of(instance, index, random_plan(rng)))
+    return recorder.curve()
+
+
+def random_nodes(
+    instance: Instance, *, max_evaluations: int, time_limit_s: float, seed: int
+) -> Curve:
+    """Random candidates with a random choice for every node."""
+    recorder = Recorder(instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s)
+    rng = np.random.default_rng([seed, 3])
+    while not recorder.over():
+        for index in outer_order(instance, seed):
+            if recorder.over():
+                break
+            outer = instance.outers[index]
+            sizes = instance.tables(outer).problem.n_strategies()
+            recorder.offer(outer, instance.judge(outer, rng.integers(0, sizes)))
+    return recorder.curve()
+
+
+def annealing(instance: Instance, *, max_evaluations: int, time_limit_s: float, seed: int) -> Curve:
+    """Simulated annealing over single decisions, in cycles that double in length.
+
+    Starts from fully sharded data parallelism on the most even mesh; each cycle cools geometrically
+    and starts from the best plan so far.
+    """
+    recorder = Recorder(instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s)
+    score, rng = Scorer(instance, recorder), np.random.default_rng([seed, 4])
+    best = now = _start(instance)
+    best_value = value = score(now)
+    cycle = _FIRST_CYCLE
+    while not recorder.over():
+        now, value = best, best_value
+        for n in range(cycle):
+            if recorder.over():
+                break
+            heat = _HOT * (_COLD / _HOT) ** (n / cycle)
+            other = _changed(instance, rng, now)
+            found = score(other)
+            if found <= value or rng.random() < math.exp((value - found) / heat):
+                now, value = other, found
+                if value < best_value:
+                    best, best_value = now, value
+        cycle *= 2
+    return recorder.curve()
+
+
+def evolution(instance: Instance, *, max_evaluations: int, time_limit_s: float, seed: int) -> Curve:
+    """Steady-state evolution: tournaments of two, uniform crossover, one or two mutations.
+
+    The first population is fully sharded data parallelism and random plans.
+    """
+    recorder = Recorder(instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s)
+    score, rng = Scorer(instance, recorder), np.random.default_rng([seed, 5])
+    first = _start(instance)
+    pool = [(score(first), first)]
+    for index in outer_order(instance, seed):
+        if len(pool) == _POPULATION or recorder.over():
+            break
+        genome = _genome_of(instance, index, random_plan(rng))
+        pool.append((score(genome), genome))
+    while not recorder.over():
+        parents = []
+        for _ in range(2):
+            a, b = rng.choice(len(pool), 2)
+            parents.append(min(pool[a], pool[b], key=lambda x: x[0])[1])
+        child = _crossed(rng, *parents)
+        for _ in range(int(rng.integers(1, 3))):
+            child = _changed(instance, rng, child)
+        pool.append((score(child), child))
+        pool.remove(max(pool, key=lambda x: x[0]))
+    return recorder.curve()
+
+
+def tree_search(
+    instance: Instance, *, max_evaluations: int, time_limit_s: float, seed: int
+) -> Curve:
+    """Upper confidence bounds applied to trees (Kocsis and Szepesvari 2006), without a network.
+
+    The path is rematerialisation, microbatches, mesh, then the short plan's decisions axis by axis;
+    below the tree's edge decisions are uniform. The value of a plan is the reference step time (the
+    first plan's) over its own, zero where it does not fit.
+    """
+    recorder = Recorder(instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s)
+    score, rng = Scorer(instance, recorder), np.random.default_rng([seed, 6])
+    reference = math.exp(min(score(_start(instance)), 700.0))
+    visits: dict[tuple[int, ...], int] = {}
+    total: dict[tuple[int, ...], float] = {}
+    while not recorder.over():
+        path: tuple[int, ...] = ()
+        inside = True
+        while (width := _width(instance, path)) is not None:
+            if not inside:
+                path += (int(rng.integers(width)),)
+                continue
+            children = [(*path, c) for c in range(width)]
+            fresh = [c for c in children if c not in visits]
+            if fresh:
+                path, inside = fresh[int(rng.integers(len(fresh)))], False
+            else:
+                spent = math.log(sum(visits[c] for c in children))
+                path = max(
+                    children,
+                    key=lambda c: (
+                        total[c] / visits[c] + _EXPLORATION * math.sqrt(spent / visits[c])
+                    ),
+                )
+        value = score(_genome_of_path(instance, path))
+        fits = recorder.last_fits
+        gain = reference / math.exp(value) if fits else 0.0
+        gain = gain / (1.0 + gain)
+        for n in range(1, len(path) + 1):
+            visits[path[:n]] = visits.get(path[:n], 0) + 1
+            total[path[:n]] = total.get(path[:n], 0.0) + gain
+            if visits[path[:n]] == 1:
+                break
+    return recorder.curve()
+
+
+def heuristic(instance: Instance, *, max_evaluations: int, time_limit_s: float, seed: int) -> Curve:
+    """Candidates in the product's order, each completed by one greedy sweep."""
+    from placement.optimizers import OPTIMIZERS, Budget
+
+    recorder = Recorder(instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s)
+    for outer in product_order(instance, recorder):
+        if recorder.over():
+            break
+        tables = instance.tables(outer)
+        found = OPTIMIZERS["heuristic"](tables, seed, Budget(time_limit_s=time_limit_s))
+        recorder.offer(outer, instance.judge(outer, found.choices))
+    return recorder.curve()
+
+
+def engine(instance: Instance, *, max_evaluations: int, time_limit_s: float, seed: int) -> Curve:
+    """Candidates in the product's order, each completed by message passing."""
+    recorder = Recorder(instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s)
+    for outer in product_order(instance, recorder):
+        if recorder.over():
+            break
+        recorder.offer(outer, instance.evaluate(outer))
+    return recorder.curve()
+
+
+def engine_random(
+    instance: Instance, *, max_evaluations: int, time_limit_s: float, seed: int
+) -> Curve:
+    """Candidates in random order, each completed by message passing."""
+    recorder = Recorder(instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s)
+    for index in outer_order(instance, seed):
+        if recorder.over():
+            break
+        recorder.offer(instance.outers[index], instance.evaluate(instance.outers[index]))
+    return recorder.curve()
+
+
+def product_order(instance: Instance, recorder: Recorder) -> Iterator[Outer]:
+    """As :mod:`placement.whole` goes: full rematerialisation over all meshes, more microbatches
+    until something fits, then lighter policies on the two best meshes, then all the rest."""
+    from placement.api import _promising_first
+
+    layouts = _promising_first(instance.layouts)
+    by_key = {(o.remat, o.microbatches, id(o.layout)): o for o in instance.outers}
+    seen: set[int] = set()
+
+    def fresh(remat, count, meshes):
+        for layout in meshes:
+            outer = by_key[remat, count, id(layout)]
+            if id(outer) not in seen:
+                seen.add(id(outer))
+                yield outer
+
+    count = instance.microbatches[-1]
+    for count in instance.microbatches:
+        yield from fresh(REMAT[0], count, layouts)
+        if recorder.best is not None:
+            break
+    for remat in REMAT[1:]:
+        yield from fresh(remat, count, recorder.best_meshes(2))
+    for count in instance.microbatches:
+        for remat in REMAT:
+            yield from fresh(remat, count, layouts)
+
+
+def rules(instance: Instance, *, max_evaluations: int, time_limit_s: float, seed: int) -> Curve:
+    """The hand-tuned rules on every mesh of their kind; budgets do not stop it.
+
+    Rules without a model axis run on one axis over all devices, those with one on every mesh of two
+    axes. Microbatches rise until some rule fits under a rematerialisation policy.
+    """
+    from placement.optimizers import HAND_TUNED, Budget
+    from placement.optimizers.rules import RULES
+
+    recorder = Recorder(instance, max_evaluations=1 << 30, time_limit_s=math.inf)
+    one = [x for x in instance.layouts if len(x.mesh.axis_sizes) == 1][:1]
+    two = [x for x in instance.layouts if len(x.mesh.axis_sizes) == 2]
+    for remat in REMAT:
+        for count in instance.microbatches:
+            fitted = False
+            for outer in instance.outers:
+                kind = one if len(outer.layout.mesh.axis_sizes) == 1 else two
+                if (outer.remat, outer.microbatches) != (remat, count) or outer.layout not in kind:
+                    continue
+                for rule in RULES:
+                    if rule.model_axis != (kind is two):
+                        continue
+                    tables = instance.tables(outer)
+                    found = HAND_TUNED[rule.name](tables, seed, Budget(time_limit_s=0.5))
+                    judged = recorder.offer(outer, instance.judge(outer, found.choices))
+                    fitted = fitted or judged.fits
+            if fitted:
+                break
+    return recorder.curve()
+
+
+SCORING: dict[str, Baseline] = {
+    "random": random,
+    "random_nodes": random_nodes,
+    "annealing": annealing,
+    "evolution": evolution,
+    "tree_search": tree_search,
+    "heuristic": heuristic,
+}
+"""Optimizers that work by scoring plans."""
+ENGINES: dict[str, Baseline] = {"engine": engine, "engine_random": engine_random}
+"""Near-optimal inner solves under enumerated candidates."""
+BASELINES: dict[str, Baseline] = {**SCORING, **ENGINES, "rules": rules}
+SEEDED = ("random", "random_nodes", "annealing", "evolution", "tree_search", "engine_random")
+"""Those whose result depends on the seed."""
+
+
+def _start(instance: Instance) -> Genome:
+    """Fully sharded data parallelism on the most even mesh of two axes."""
+    layouts = instance.layouts
+    two = [n for n, x in enumerate(layouts) if len(x.mesh.axis_sizes) == 2] or [0]
+    layout = min(two, key=lambda n: max(layouts[n].mesh.axis_sizes))
+    return Genome(remat=0, microbatches=0, layout=layout, plan=FSDP)
+
+
+def _changed(instance: Instance, rng: np.random.Generator, g: Genome) -> Genome:
+    """One decision drawn anew: an outer one half of the time."""
+    if rng.random() < 0.5:
+        options = {
+            "remat": len(REMAT),
+            "microbatches": len(instance.microbatches),
+            "layout": len(instance.layouts),
+        }
+        free = [k for k, n in options.items() if n > 1]
+        name = free[int(rng.choice(len(free), p=_weights([options[k] for k in free])))]
+        return dataclasses.replace(g, **{name: int(rng.integers(options[name]))})
+    if rng.random() < 0.1:
+        price = int(rng.integers(len(MEMORY_PRICES)))
+        return dataclasses.replace(g, plan=dataclasses.replace(g.plan, memory_price=price))
+    n_axes = len(instance.layouts[g.layout].mesh.axis_sizes)
+    axis, field = int(rng.integers(n_axes)), int(rng.choice(3, p=[0.45, 0.4, 0.15]))
+    name = ("activations", "states", "gathered")[field]
+    values = list(getattr(g.plan, name))
+    values[axis] = int(rng.integers(CHOICES_OF_AXIS[field]))
+    return dataclasses.replace(g, plan=dataclasses.replace(g.plan, **{name: tuple(values)}))
+
+
+def _weights(sizes: list[int]) -> np.ndarray:
+    logs = np.log(np.array(sizes, float))
+    return logs / logs.sum()
+
+
+def _crossed(rng: np.random.Generator, a: Genome, b: Genome) -> Genome:
+    """Each outer decision and each axis from either parent."""
+    take = rng.random(4 + MAX_AXES) < 0.5
+
+    def mix(x, y):
+        return tuple(p if take[4 + n] else q for n, (p, q) in enumerate(zip(x, y)))
+
+    plan = ShortPlan(
+        activations=mix(a.plan.activations, b.plan.activations),
+        states=mix(a.plan.states, b.plan.states),
+        gathered=mix(a.plan.gathered, b.plan.gathered),
+        memory_price=(a if take[3] else b).plan.memory_price,
+    )
+    return Genome(
+        remat=(a if take[0] else b).remat,
+        microbatches=(a if take[1] else b).microbatches,
+        layout=(a if take[2] else b).layout,
+        plan=plan,
+    )
+
+
+def _width(instance: Instance, path: tuple[int, ...]) -> int | None:
+    """Options of the next decision of a path, None at its end."""
+    first = (len(REMAT), len(instance.microbatches), len(instance.layouts))
+    if len(path) < 3:
+        return first[len(path)]
+    n_axes = len(instance.layouts[path[2]].mesh.axis_sizes)
+    step = len(path) - 3
+    if step < 3 * n_axes:
+        return CHOICES_OF_AXIS[step % 3]
+    return len(MEMORY_PRICES) if step == 3 * n_axes else None
+
+
+def _genome_of_path(instance: Instance, path: tuple[int, ...]) -> Genome:
+    n_axes = (len(path) - 4) // 3
+    pad = (0,) * (MAX_AXES - n_axes)
+    inner = path[3 : 3 + 3 * n_axes]
+    plan = ShortPlan(
+        activations=inner[0::3] + pad,
+        states=inner[1::3] + pad,
+        gathered=inner[2::3] + pad,
+        memory_price=path[-1],
+    )
+    return Genome(remat=path[0], microbatches=path[1], layout=path[2], plan=plan)

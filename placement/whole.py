@@ -8,8 +8,10 @@ simulation judges all of them:
 2. On the best meshes found, lighter rematerialisation is tried (it saves recomputation where memory
    allows) and, where nothing fits yet, more microbatches (they divide the live activations).
 
-Pipeline stages are planned by :mod:`placement.jobs`, on its own cost model: one SPMD program, which
-this module plans, has none.
+Whether stages pay is asked of the whole-job model (:mod:`placement.pipeline.choose`), which scores the
+best pipelined job and the best one without stages by the same rules; where the pipelined one wins, or
+nothing else fits, the plan has a ``stage`` axis, and :func:`build` makes its pipelined step. Seconds of
+the two models are never compared.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ def optimize_model(
     seq_len: int | None = None,
     remat: str | None = None,
     microbatches: int | None = None,
+    stages: int | bool | None = None,
     time_limit_s: float = 30.0,
     throw: bool = True,
     step_options: dict[str, Any] | None = None,
@@ -50,6 +53,7 @@ def optimize_model(
       seq_len: tokens of a sequence; the model's own by default.
       remat: pins the policy, one of REMAT.
       microbatches: pins their number.
+      stages: False for none, True or a number for a pipelined plan; None lets the job model say.
       time_limit_s: seconds for all of it.
       throw: raise InfeasibleError where nothing fits.
       step_options: further arguments of ``graphs.zoo.build_train_step``.
@@ -75,9 +79,13 @@ def optimize_model(
             f"{microbatches} microbatches do not divide a batch of {batch} sequences; "
             "give a divisor"
         )
+    fixed = dict(step_options or {}, global_batch=batch, seq_len=length)
+    staged = _staged(config, cluster, fixed, remat, microbatches, stages, options)
+    if staged is not None:
+        return dataclasses.replace(staged, planning_time_s=time.monotonic() - start)
     trial = _Trials(
         config=config,
-        fixed=dict(step_options or {}, global_batch=batch, seq_len=length),
+        fixed=fixed,
         cluster=cluster,
         options=options,
         deadline=start + time_limit_s,
@@ -114,6 +122,10 @@ def build(plan, model: Any):
             "build the train step that was planned"
         )
     config = load_model_config(model) if isinstance(model, str) else model
+    if "stage" in plan.mesh_shape:
+        from placement.pipeline.plan import build_program
+
+        return build_program(config, plan.program)
     return build_train_step(config, **plan.program)
 
 
@@ -126,6 +138,34 @@ def _sequences(batch: int | None, tokens: int | None, length: int) -> int:
             f"a batch of {tokens} tokens holds no sequence of {length}; give at least one sequence"
         )
     return found
+
+
+def _staged(config, cluster, fixed, remat, microbatches, stages, options):
+    """The plan with stages where they pay or are asked for, else None."""
+    from placement.pipeline.choose import choose, staged_plan
+
+    pinned = {k for k, v in options.items() if v is not None} & {"mesh_shape", "optimizer"}
+    if stages is False or (stages is None and pinned):
+        return None
+    asked = stages is not None and stages is not True
+    try:
+        choice = choose(
+            config,
+            cluster=cluster,
+            global_batch=fixed["global_batch"],
+            seq_len=fixed["seq_len"],
+            remat=remat,
+            microbatches=microbatches,
+            stages=int(stages) if asked else None,
+            optimizer_state=fixed.get("optimizer_state_dtype", "float32"),
+        )
+    except MeshwrightError:
+        if stages is None:
+            return None  # a model without stages, or a device that the job model does not know
+        raise
+    if stages is None and not choice.stages_pay:
+        return None
+    return staged_plan(config, choice, cluster=cluster, **fixed)
 
 
 def _fits(plan) -> bool:

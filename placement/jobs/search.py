@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -69,6 +70,8 @@ def plan_job(
     given: Jobs | None = None,
     given_ran: bool = False,
     constants: Constants | None = None,
+    allowed: Callable[[Groups], np.ndarray] | None = None,
+    remats: Sequence[str] = tuple(REMAT),
 ) -> JobPlan | Infeasible:
     """Search the space of one job.
 
@@ -77,13 +80,19 @@ def plan_job(
       time_limit_s: when to stop opening groups.
       given: a configuration that is in the space whatever its degrees, such as an expert's.
       given_ran: it is known to fit because it was run.
+      allowed: which groups may be chosen, a mask over them; all where None.
+      remats: the policies of `space.REMAT` that may be chosen.
     """
     start = time.monotonic()
     chosen = constants or constants_module.load()
     if job.n_jobs != 1:
         raise MeshwrightError(f"a search takes one job, not {job.n_jobs}; give a table of one row")
     found = groups(job)
-    state = _Search(job=job, constants=chosen, start=start, time_limit_s=time_limit_s)
+    if allowed is not None and found.n_groups:
+        found = found.take(np.flatnonzero(allowed(found)))
+    state = _Search(
+        job=job, constants=chosen, start=start, time_limit_s=time_limit_s, remats=tuple(remats)
+    )
     if given is not None:
         state.consider(given, "as given", known_to_fit=given_ran)
     if found.n_groups:
@@ -94,8 +103,16 @@ def plan_job(
 class _Search:
     """Best plan so far and the bound of what is unopened."""
 
-    def __init__(self, *, job: Jobs, constants: Constants, start: float, time_limit_s: float):
-        self.job, self.constants = job, constants
+    def __init__(
+        self,
+        *,
+        job: Jobs,
+        constants: Constants,
+        start: float,
+        time_limit_s: float,
+        remats: tuple[str, ...],
+    ):
+        self.job, self.constants, self.remats = job, constants, remats
         self.start, self.time_limit_s = start, time_limit_s
         self.evaluations = 0
         self.best_s, self.best = np.inf, None
@@ -104,7 +121,8 @@ class _Search:
 
     def run(self, found: Groups) -> None:
         bound = np.full(found.n_groups, np.inf)
-        full = "full, offloaded" if self.job.device.host_bytes_per_s[0] > 0 else "full"
+        hosted = self.job.device.host_bytes_per_s[0] > 0 and "full, offloaded" in self.remats
+        full = "full, offloaded" if hosted else "full"
         for at in range(0, found.n_groups, _CHUNK):
             part = np.arange(at, min(at + _CHUNK, found.n_groups))
             lean = members(self.job, found.take(part), full)
@@ -129,7 +147,7 @@ class _Search:
                 self.open_bound_s = float(bound[part[0]])
                 return
             part = part[bound[part] < self.best_s]
-            for remat in REMAT:
+            for remat in self.remats:
                 self.consider(members(self.job, found.take(part), remat), remat)
 
     def consider(self, jobs: Jobs, remat: str, known_to_fit: bool = False) -> None:

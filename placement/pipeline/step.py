@@ -1,7 +1,8 @@
 """A pipelined train step: shard_map over the stage axis, ppermute between stages.
 
-Inside the map the stage axis is manual and every other axis (data, tensor, context, expert) is left
-to XLA's partitioner, so that a stage is itself a sharded program. At every tick (`schedule`) a stage
+Inside the map the stage and data axes are manual, so that gradients are reduced over data once a step
+rather than once a microbatch; every other axis (model, context, expert) is left to XLA's partitioner:
+a stage is itself a sharded program. At every tick (`schedule`) a stage
 
 1. runs one chunk of layers forward on what it received, or on embedded tokens (first stage),
 2. where a microbatch leaves the last stage, spreads its positions over all stages, each of which
@@ -38,8 +39,8 @@ from placement.pipeline.stages import (
     uneven,
 )
 
-STAGE = "stage"
-"""Name of the mesh axis that stages lie on."""
+STAGE, DATA = "stage", "data"
+"""Names of the mesh axes that stages lie on, and that split every microbatch."""
 
 
 def build_pipelined_step(
@@ -64,12 +65,14 @@ def build_pipelined_step(
     """(train_step, abstract arguments, donate_argnums) of a model in stages.
 
     Args:
-      mesh_shape: axis name -> size of the whole mesh; ``stage`` is how many stages there are.
+      mesh_shape: axis name -> size of the whole mesh; ``stage`` is how many stages there are,
+        ``data`` splits every microbatch.
       microbatches: forward passes of a step; divides global_batch.
       schedule: one of `schedule.SCHEDULES`.
       chunks: model chunks on each stage, interleaved.
       layers: repeated layers of each virtual stage, first to last; as even as can be where None.
-      activation_spec: PartitionSpec entries of a microbatch's activations [B, S, D].
+      activation_spec: PartitionSpec entries, of the other axes, of a replica's activations
+        [B, S, D].
       options: of `graphs.zoo.options.RunOptions`.
       The rest as `graphs.zoo.build_train_step`.
 
@@ -79,10 +82,11 @@ def build_pipelined_step(
     seq_len = config.seq_len if seq_len is None else seq_len
     stages = int(mesh_shape.get(STAGE, 1))
     plan = Schedule(kind=schedule, stages=stages, microbatches=microbatches, chunks=chunks)
-    if global_batch % microbatches:
+    replicas = int(mesh_shape.get(DATA, 1))
+    if global_batch % (microbatches * replicas):
         raise MeshwrightError(
-            f"{microbatches} microbatches do not divide a batch of {global_batch} sequences; "
-            "give a divisor"
+            f"{microbatches} microbatches on {replicas} replicas do not divide a batch of "
+            f"{global_batch} sequences; give divisors"
         )
     run = RunOptions(**options)
     main = pipelined_segment(config)
@@ -101,7 +105,7 @@ def build_pipelined_step(
         plan,
         layout,
         AbstractMesh(tuple(mesh_shape.values()), tuple(mesh_shape)),
-        shape=(global_batch // microbatches, seq_len, config.d_model),
+        shape=(global_batch // microbatches // replicas, seq_len, config.d_model),
         dtype=jnp.dtype(run.compute_dtype),
         spec=PartitionSpec(*activation_spec),
     )
@@ -128,8 +132,11 @@ def _pipelined(
     spec: PartitionSpec,
 ) -> Callable[[Any, Any], tuple[jax.Array, Any]]:
     """(params, batch) -> (mean loss, mean gradients)."""
-    b, s, _ = shape
+    _, s, _ = shape
     spread = plan.stages if s % plan.stages == 0 else 1
+    manual = tuple(axis for axis in (STAGE, DATA) if axis in mesh.axis_names)
+    data = tuple(axis for axis in manual if axis == DATA)
+    n_means = plan.microbatches * mesh.shape.get(DATA, 1)
 
     def body(stage_id, mask, weights, outer, inputs, targets):
         worker = _Worker(
@@ -150,21 +157,22 @@ def _pipelined(
         for phase in plan.phases():
             tick = functools.partial(worker.tick, phase)
             state, _ = jax.lax.scan(tick, state, jnp.arange(phase.start, phase.stop))
-        m = plan.microbatches
-        loss = jax.lax.psum(state["loss"], STAGE) / m
-        outer_grads = jax.tree.map(lambda g: jax.lax.psum(g, STAGE) / m, state["outer"])
-        grads = jax.tree.map(
-            lambda g: g.reshape(layout.chunks * layout.slots, *g.shape[2:]) / m, state["weights"]
-        )
-        return loss, grads, outer_grads
+        loss = jax.lax.psum(state["loss"], manual) / n_means
+        outer_grads = jax.tree.map(lambda g: jax.lax.psum(g, manual) / n_means, state["outer"])
 
-    on_stage = PartitionSpec(STAGE)
+        def mean(g):
+            g = jax.lax.psum(g, data) if data else g
+            return g.reshape(layout.chunks * layout.slots, *g.shape[2:]) / n_means
+
+        return loss, jax.tree.map(mean, state["weights"]), outer_grads
+
+    on_stage, tokens = PartitionSpec(STAGE), PartitionSpec(None, data or None)
     mapped = jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(on_stage, on_stage, on_stage, PartitionSpec(), PartitionSpec(), PartitionSpec()),
+        in_specs=(on_stage, on_stage, on_stage, PartitionSpec(), tokens, tokens),
         out_specs=(PartitionSpec(), on_stage, PartitionSpec()),
-        axis_names={STAGE},
+        axis_names=set(manual),
         check_vma=False,
     )
     mask = layout.mask()
@@ -174,7 +182,7 @@ def _pipelined(
 
         def split(x):
             # neighbours go to different microbatches, so that a sharded batch stays where it is
-            return jnp.moveaxis(x.reshape(b, plan.microbatches, s), 1, 0)
+            return jnp.moveaxis(x.reshape(-1, plan.microbatches, s), 1, 0)
 
         loss, grads, outer_grads = mapped(
             jnp.arange(plan.stages),

@@ -1,0 +1,257 @@
+"""Whether stages pay: the whole-job search asked twice, by one model.
+
+The job model (`placement.jobs`) searches the jobs that one SPMD program can be, and those that a
+pipelined step can be. Only these two are compared: seconds of one model. Where the best pipelined
+job is faster, or nothing else fits, its plan is made.
+
+What a pipelined step can be (`placement.pipeline.step`): stages of whole repeats, ZeRO-1, experts over
+data ranks, every stage computed again in the backward pass, and a mesh that the cluster composes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from cost_model.cluster import parse_cluster
+from cost_model.estimate import Estimate
+from cost_model.jobs import constants as constants_module
+from cost_model.jobs.memory import memory
+from cost_model.jobs.step import step_time
+from cost_model.layout import layout_for
+from graphs.errors import InfeasibleError, MeshwrightError
+from graphs.zoo.config import ModelConfig
+from placement.jobs.describe import describe_job, shape_of
+from placement.jobs.search import Infeasible, JobPlan, plan_job
+from placement.jobs.space import Groups
+
+_SPMD_REMAT = {"full": "full", "attention": "attention", "dots": "pointwise", "none": "none"}
+"""The zoo's policies and the job model's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The best jobs of either kind."""
+
+    one_program: JobPlan | Infeasible
+    staged: JobPlan | Infeasible
+
+    @property
+    def stages_pay(self) -> bool:
+        if isinstance(self.staged, Infeasible):
+            return False
+        if isinstance(self.one_program, Infeasible):
+            return True
+        return self.staged.step_time_s < self.one_program.step_time_s
+
+    def sentence(self) -> str:
+        """The comparison in words."""
+
+        def words(found: JobPlan | Infeasible) -> str:
+            if isinstance(found, Infeasible):
+                return f"does not fit ({found.least_bytes / 2**30:.1f} GiB at least)"
+            return f"takes {found.step_time_s:.4g} s"
+
+        return (
+            f"by the job model the best pipelined job {words(self.staged)} and the best without "
+            f"stages {words(self.one_program)}"
+        )
+
+
+def choose(
+    config: ModelConfig,
+    *,
+    cluster: str,
+    global_batch: int,
+    seq_len: int,
+    remat: str | None = None,
+    microbatches: int | None = None,
+    stages: int | None = None,
+    optimizer_state: str = "float32",
+    time_limit_s: float = 4.0,
+) -> Choice:
+    """Search both kinds of job.
+
+    Raises MeshwrightError where the model cannot have stages or the job model does not know the
+    device.
+    """
+    unit = whole_repeats(config)
+    job = describe_job(
+        shape_of(config),
+        cluster=cluster,
+        global_batch=global_batch,
+        seq_len=seq_len,
+        optimizer_state=optimizer_state,
+    )
+    pinned = [_SPMD_REMAT[remat]] if remat else list(_SPMD_REMAT.values())
+
+    def counted(g: Groups) -> np.ndarray:
+        m = global_batch / (g.dp * g.micro_batch)
+        return np.ones(g.n_groups, bool) if microbatches is None else m == microbatches
+
+    def staged(g: Groups) -> np.ndarray:
+        mask = counted(g) & (g.dp % g.ep == 0) & (g.zero_stage == 1)
+        mask &= g.pp > 1 if stages is None else g.pp == stages
+        even = np.mod(config.n_layers, g.pp * g.vpp * unit) == 0
+        mask &= even | (unit == 1) & (np.mod(config.n_layers + 2, g.pp * g.vpp) == 0)
+        if config.n_experts:
+            mask &= g.cp == 1
+        for i in np.flatnonzero(mask):
+            mask[i] = _composable(cluster, *mesh_of({k: getattr(g, k)[i] for k in _AXES}).values())
+        return mask
+
+    return Choice(
+        one_program=plan_job(
+            job,
+            allowed=lambda g: counted(g) & (g.pp == 1),
+            remats=pinned,
+            time_limit_s=time_limit_s / 2,
+        ),
+        staged=plan_job(
+            job,
+            allowed=staged,
+            remats=("full",) if remat in (None, "full") else (),  # else nothing may be chosen
+            time_limit_s=time_limit_s / 2,
+        ),
+    )
+
+
+def whole_repeats(config: ModelConfig) -> int:
+    """Layers of the unit that stages divide; raises MeshwrightError where there is none."""
+    from placement.pipeline.stages import pipelined_segment
+
+    main = pipelined_segment(config)
+    if main.repeats * len(main.kinds) != config.n_layers:
+        raise MeshwrightError(
+            f"model {config.name!r} starts with layers of another kind, which every stage would "
+            "compute; plan it without stages"
+        )
+    return len(main.kinds)
+
+
+def layers_of(n_layers: int, virtual_stages: int) -> tuple[int, ...] | None:
+    """Layers of each virtual stage where they are uneven: one fewer on the first, beside the
+    embedding, and on the last, beside the head (arXiv:2407.21783, section 3.3.2)."""
+    if n_layers % virtual_stages == 0:
+        return None
+    most = (n_layers + 2) // virtual_stages
+    return (most - 1, *[most] * (virtual_stages - 2), most - 1)
+
+
+_AXES = ("pp", "dp", "ep", "cp", "tp")
+
+
+def mesh_of(degrees: dict[str, float]) -> dict[str, int]:
+    """Axis name -> size of a pipelined job's mesh, slowest first, axes of size 1 left out."""
+    sizes = {
+        "stage": degrees["pp"],
+        "data": degrees["dp"] / degrees["ep"],
+        "expert": degrees["ep"],
+        "context": degrees["cp"],
+        "model": degrees["tp"],
+    }
+    return {name: int(size) for name, size in sizes.items() if size > 1}
+
+
+@functools.lru_cache(maxsize=4096)
+def _composable(cluster: str, *sizes: int) -> bool:
+    try:
+        layout_for(parse_cluster(cluster), {f"axis_{i}": n for i, n in enumerate(sizes)})
+    except MeshwrightError:
+        return False
+    return True
+
+
+def staged_plan(config: ModelConfig, choice: Choice, *, cluster: str, **fixed: Any):
+    """The Plan of the best pipelined job; `fixed` as `placement.pipeline.plan.pipelined_plan`.
+
+    Raises InfeasibleError where none fits.
+    """
+    from placement.pipeline.plan import pipelined_plan
+
+    found = choice.staged
+    if isinstance(found, Infeasible):
+        raise InfeasibleError(
+            f"no pipelined plan fits: the least takes {found.least_bytes / 2**30:.1f} GiB of "
+            f"{found.capacity_bytes / 2**30:.1f} GiB, most of it {found.binding}; use more devices, "
+            "a smaller batch, or no stages"
+        )
+    d = found.degrees
+    count = int(fixed["global_batch"] / (d["dp"] * d["micro_batch"]))
+    chunks = int(d["vpp"])
+    plan = pipelined_plan(
+        config,
+        cluster=cluster,
+        mesh_shape=mesh_of(d),
+        microbatches=count,
+        schedule="interleaved" if chunks > 1 else "1f1b",
+        chunks=chunks,
+        layers=layers_of(config.n_layers, int(d["pp"]) * chunks),
+        estimate=estimate_of(found),
+        lower_bound_s=found.lower_bound_s,
+        remat="full",
+        **fixed,
+    )
+    schedule = f"{int(d['pp'])} stages, {plan.program['schedule']}, {count} microbatches"
+    if chunks > 1:
+        schedule += f", {chunks} chunks a stage"
+    return dataclasses.replace(
+        plan,
+        evaluations=found.evaluations,
+        reasons=(f"{schedule}; {choice.sentence()}.", *plan.reasons),
+    )
+
+
+def estimate_of(found: JobPlan) -> Estimate:
+    """The job model's figures of one job as an Estimate."""
+    from cost_model.jobs import bands
+
+    constants = constants_module.load()
+    time, held = step_time(found.job, constants), memory(found.job, constants)
+    low, high = bands.load().of(found.job)
+
+    def s(name: str) -> float:
+        return float(getattr(time, f"{name}_s")[0])
+
+    compute = s("compute") + s("remat") + s("optimizer")
+    traffic = {
+        "tensor parallelism": s("tensor"),
+        "context parallelism": s("context"),
+        "expert all-to-all": s("expert"),
+        "gathers of sharded weights": s("sharded"),
+        "gradient reduction": s("gradient"),
+        "pipeline bubble and sends": s("bubble"),
+    }
+    total = float(time.step_time_s[0])
+    power = float(found.job.device.max_power_w[0])
+    return Estimate(
+        step_time_s=total,
+        compute_time_s=compute,
+        exposed_comm_time_s=max(total - compute, 0.0),
+        comm_time_s=sum(traffic.values()),
+        peak_memory_bytes=found.memory_bytes,
+        energy_j=None if np.isnan(power) else _energy(found, time),
+        table_cost_s=0.0,
+        compute_by_class_s={
+            "forward and backward": s("compute"),
+            "recomputation": s("remat"),
+            "optimizer": s("optimizer"),
+        },
+        collectives={},
+        comm_by_purpose_s={k: v for k, v in traffic.items() if v > 0},
+        memory_by_class_bytes={
+            "weights, gradients and optimizer state": float(held.states_bytes[0]),
+            "saved activations": float(held.activations_bytes[0]),
+        },
+        p10_s=total * float(low[0]),
+        p90_s=total * float(high[0]),
+    )
+
+
+def _energy(found: JobPlan, time: Any) -> float:
+    from placement.jobs.pareto import step_energy_j
+
+    return float(step_energy_j(found.job, time)[0])

@@ -35,6 +35,8 @@ EXPOSURE = 0.3
 """Share of hideable communication at which tables are priced by default."""
 MAX_AXES = 3
 """Most mesh axes of a candidate."""
+SOLVER_STEPS = 1000
+"""Assignments that the engine may score by tables to complete one candidate."""
 _KEPT_BYTES = 2e9
 
 
@@ -132,9 +134,12 @@ class Instance:
         *,
         prior: np.ndarray | None = None,
         exposure: float = EXPOSURE,
-        time_limit_s: float = 0.5,
+        time_limit_s: float = 10.0,
     ) -> Outcome:
         """Complete a candidate with the engine and judge it: one evaluation.
+
+        The engine stops after SOLVER_STEPS assignments, so that the result does not depend on the
+        machine's load; ``time_limit_s`` (of the wall clock) only guards against stalls.
 
         ``prior`` ([sum S] seconds, >= 0) is added to node costs while solving; the judge does not
         see it. Without a prior the result is kept in the store.
@@ -172,7 +177,7 @@ class Instance:
         problem = tables.problem if exposure == tables.exposure else tables.at(exposure).problem
         if prior is not None:
             problem = dataclasses.replace(problem, node_costs=problem.node_costs + prior)
-        found = solve(problem, time_limit_s=time_limit_s, bound=False)
+        found = solve(problem, time_limit_s=time_limit_s, max_evaluations=SOLVER_STEPS, bound=False)
         return np.asarray(found.assignment, np.int64)
 
     def key(self, outer: Outer) -> tuple[Any, ...]:

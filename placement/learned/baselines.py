@@ -27,11 +27,12 @@ from placement.learned.encoding import (
     FSDP,
     MAX_AXES,
     MEMORY_PRICES,
+    SCOPES,
     ShortPlan,
     Speaker,
     random_plan,
 )
-from placement.learned.instance import Instance, Outer
+from placement.learned.instance import SOLVER_STEPS, Instance, Outer
 from placement.whole import REMAT
 
 Baseline = Callable[..., Curve]
@@ -39,6 +40,8 @@ _POPULATION = 16
 _EXPLORATION = 0.4
 _HOT, _COLD = 0.3, 0.003
 _FIRST_CYCLE = 16
+_WHOLE_PLAN = {"scope": len(SCOPES), "binding": 2, "memory_price": len(MEMORY_PRICES)}
+"""Options of decisions that concern all axes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,7 +177,7 @@ def tree_search(
 ) -> Curve:
     """Upper confidence bounds applied to trees (Kocsis and Szepesvari 2006), without a network.
 
-    The path is rematerialisation, microbatches, mesh, then the short plan's decisions axis by axis;
+    The path is rematerialisation, microbatches, mesh, then the short plan's decisions, axis by axis;
     below the tree's edge decisions are uniform. The value of a plan is the reference step time (the
     first plan's) over its own, zero where it does not fit.
     """
@@ -288,6 +291,7 @@ def rules(instance: Instance, *, max_evaluations: int, time_limit_s: float, seed
     from placement.optimizers.rules import RULES
 
     recorder = Recorder(instance, max_evaluations=1 << 30, time_limit_s=math.inf)
+    budget = Budget(time_limit_s=10.0, max_evaluations=SOLVER_STEPS)
     one = [x for x in instance.layouts if len(x.mesh.axis_sizes) == 1][:1]
     two = [x for x in instance.layouts if len(x.mesh.axis_sizes) == 2]
     for remat in REMAT:
@@ -301,7 +305,7 @@ def rules(instance: Instance, *, max_evaluations: int, time_limit_s: float, seed
                     if rule.model_axis != (kind is two):
                         continue
                     tables = instance.tables(outer)
-                    found = HAND_TUNED[rule.name](tables, seed, Budget(time_limit_s=0.5))
+                    found = HAND_TUNED[rule.name](tables, seed, budget)
                     judged = recorder.offer(outer, instance.judge(outer, found.choices))
                     fitted = fitted or judged.fits
             if fitted:
@@ -344,9 +348,10 @@ def _changed(instance: Instance, rng: np.random.Generator, g: Genome) -> Genome:
         free = [k for k, n in options.items() if n > 1]
         name = free[int(rng.choice(len(free), p=_weights([options[k] for k in free])))]
         return dataclasses.replace(g, **{name: int(rng.integers(options[name]))})
-    if rng.random() < 0.1:
-        price = int(rng.integers(len(MEMORY_PRICES)))
-        return dataclasses.replace(g, plan=dataclasses.replace(g.plan, memory_price=price))
+    if rng.random() < 0.3:
+        name = ("memory_price", "scope", "binding")[int(rng.integers(3))]
+        value = int(rng.integers(_WHOLE_PLAN[name]))
+        return dataclasses.replace(g, plan=dataclasses.replace(g.plan, **{name: value}))
     n_axes = len(instance.layouts[g.layout].mesh.axis_sizes)
     axis, field = int(rng.integers(n_axes)), int(rng.choice(3, p=[0.45, 0.4, 0.15]))
     name = ("activations", "states", "gathered")[field]
@@ -362,16 +367,18 @@ def _weights(sizes: list[int]) -> np.ndarray:
 
 def _crossed(rng: np.random.Generator, a: Genome, b: Genome) -> Genome:
     """Each outer decision and each axis from either parent."""
-    take = rng.random(4 + MAX_AXES) < 0.5
+    take = rng.random(6 + MAX_AXES) < 0.5
 
     def mix(x, y):
-        return tuple(p if take[4 + n] else q for n, (p, q) in enumerate(zip(x, y)))
+        return tuple(p if take[6 + n] else q for n, (p, q) in enumerate(zip(x, y)))
 
     plan = ShortPlan(
         activations=mix(a.plan.activations, b.plan.activations),
         states=mix(a.plan.states, b.plan.states),
         gathered=mix(a.plan.gathered, b.plan.gathered),
         memory_price=(a if take[3] else b).plan.memory_price,
+        scope=(a if take[4] else b).plan.scope,
+        binding=(a if take[5] else b).plan.binding,
     )
     return Genome(
         remat=(a if take[0] else b).remat,
@@ -383,24 +390,24 @@ def _crossed(rng: np.random.Generator, a: Genome, b: Genome) -> Genome:
 
 def _width(instance: Instance, path: tuple[int, ...]) -> int | None:
     """Options of the next decision of a path, None at its end."""
-    first = (len(REMAT), len(instance.microbatches), len(instance.layouts))
-    if len(path) < 3:
+    n_meshes = len(instance.layouts)
+    first = (len(REMAT), len(instance.microbatches), n_meshes, *_WHOLE_PLAN.values())
+    if len(path) < len(first):
         return first[len(path)]
+    step = len(path) - len(first)
     n_axes = len(instance.layouts[path[2]].mesh.axis_sizes)
-    step = len(path) - 3
-    if step < 3 * n_axes:
-        return CHOICES_OF_AXIS[step % 3]
-    return len(MEMORY_PRICES) if step == 3 * n_axes else None
+    return CHOICES_OF_AXIS[step % 3] if step < 3 * n_axes else None
 
 
 def _genome_of_path(instance: Instance, path: tuple[int, ...]) -> Genome:
-    n_axes = (len(path) - 4) // 3
-    pad = (0,) * (MAX_AXES - n_axes)
-    inner = path[3 : 3 + 3 * n_axes]
+    remat, microbatches, layout, scope, binding, price, *inner = path
+    pad = (0,) * (MAX_AXES - len(inner) // 3)
     plan = ShortPlan(
-        activations=inner[0::3] + pad,
-        states=inner[1::3] + pad,
-        gathered=inner[2::3] + pad,
-        memory_price=path[-1],
+        activations=(*inner[0::3], *pad),
+        states=(*inner[1::3], *pad),
+        gathered=(*inner[2::3], *pad),
+        memory_price=price,
+        scope=scope,
+        binding=binding,
     )
-    return Genome(remat=path[0], microbatches=path[1], layout=path[2], plan=plan)
+    return Genome(remat=remat, microbatches=microbatches, layout=layout, plan=plan)

@@ -64,8 +64,12 @@ class Completer:
             scale_s=float(np.minimum.reduceat(p.node_costs, p.strategy_offsets[:-1]).sum()),
         )
 
-    def __call__(self, fixed: np.ndarray, seconds_per_limit: float = 0.0) -> np.ndarray:
+    def __call__(
+        self, fixed: np.ndarray, seconds_per_limit: float = 0.0, *, binding: bool = True
+    ) -> np.ndarray:
         """[N] choices; ``fixed`` [N] holds a choice or -1.
+
+        Where the fixed choices do not bind, they are the start of single changes to all nodes.
 
         ``seconds_per_limit`` is what holding all of the memory limit costs, in units of `scale_s`.
         """
@@ -73,19 +77,31 @@ class Completer:
         costs = p.node_costs
         if seconds_per_limit:
             costs = costs + self.held_bytes * (seconds_per_limit * self.scale_s / p.usage_limit)
-        return _complete(
-            np.asarray(fixed, np.int64), costs, p.strategy_offsets,
-            p.edge_nodes.astype(np.int64).reshape(-1, 2), p.edge_offsets, p.edge_costs,
-            self.first, self.edges, self.lows, self.low_offsets,
+        arrays = (
+            costs, p.strategy_offsets, p.edge_nodes.astype(np.int64).reshape(-1, 2),
+            p.edge_offsets, p.edge_costs, self.first, self.edges, self.lows, self.low_offsets,
         )  # fmt: skip
+        fixed = np.asarray(fixed, np.int64)
+        x = _complete(fixed, fixed, *arrays)
+        return x if binding else _complete(np.full_like(fixed, -1), x, *arrays)
 
 
 @numba.njit(cache=True)
 def _complete(
-    fixed, costs, offsets, edge_nodes, edge_offsets, edge_costs, first, edges, lows, low_offsets
+    fixed,
+    start,
+    costs,
+    offsets,
+    edge_nodes,
+    edge_offsets,
+    edge_costs,
+    first,
+    edges,
+    lows,
+    low_offsets,
 ):
     n = len(fixed)
-    x = fixed.copy()
+    x = start.copy()
     for _ in range(_SWEEPS + 1):
         changed = False
         for v in range(n):

@@ -3,7 +3,8 @@
 A plan over every node of the tables is far too long to be found by scoring alone, so searches that
 work by scoring are given what an expert would say instead: the outer candidate; for each mesh axis
 which named dimension class it shards on activations and which on optimizer state; whether weights
-are sharded like the state or gathered (ZeRO-3 against ZeRO-1); and a price of memory. Every
+are sharded like the state or gathered (ZeRO-3 against ZeRO-1); a price of memory; which of these
+decisions are made at all; and whether they bind or are a start that single changes improve. Every
 hand-tuned rule of :mod:`placement.optimizers.rules` can be said this way. What a short plan leaves
 open is completed cheaply (:mod:`placement.learned.completion`).
 
@@ -51,6 +52,12 @@ STATE_OPTIONS: tuple[tuple[str, ...], ...] = (
 )
 MEMORY_PRICES = (0.0, 0.3, 3.0)
 """What holding the whole memory limit costs, in cheapest step times."""
+SCOPES = (
+    ("activation", "weight", "state"),
+    ("activation",),
+    ("weight", "state"),
+    (),
+)
 MAX_AXES = 3
 
 
@@ -66,6 +73,10 @@ class ShortPlan:
     """[MAX_AXES] 1 where weights drop the hidden dimension's sharding."""
     memory_price: int
     """Into MEMORY_PRICES."""
+    scope: int = 0
+    """Into SCOPES: what is decided at all."""
+    binding: int = 1
+    """0 where the decisions are only the start of single changes that lower the tables' cost."""
 
 
 CHOICES_OF_AXIS = (len(ACTIVATION_OPTIONS), len(STATE_OPTIONS), 2)
@@ -80,6 +91,8 @@ def random_plan(rng: np.random.Generator) -> ShortPlan:
         states=tuple(int(v) for v in rng.integers(0, len(STATE_OPTIONS), MAX_AXES)),
         gathered=tuple(int(v) for v in rng.integers(0, 2, MAX_AXES)),
         memory_price=int(rng.integers(0, len(MEMORY_PRICES))),
+        scope=int(rng.integers(0, len(SCOPES))),
+        binding=int(rng.integers(0, 2)),
     )
 
 
@@ -114,7 +127,8 @@ class Speaker:
 
     def choices(self, plan: ShortPlan) -> np.ndarray:
         """[nodes] int64, the plan completed."""
-        return self.completer(self.fixed(plan), MEMORY_PRICES[plan.memory_price])
+        price = MEMORY_PRICES[plan.memory_price]
+        return self.completer(self.fixed(plan), price, binding=bool(plan.binding))
 
     def fixed(self, plan: ShortPlan) -> np.ndarray:
         """[nodes] int64, the choices that the plan decides, -1 elsewhere."""
@@ -128,6 +142,8 @@ class Speaker:
         ]
         wanted = {"activation": acts, "state": states, "weight": weights}
         for (node, kind, class_sizes, names), rows in zip(self.nodes, self._rows):
+            if kind not in SCOPES[plan.scope]:
+                continue
             pick = rows.get(_placement(wanted[kind], class_sizes, names, sizes))
             if pick is not None:
                 out[node] = pick

@@ -185,6 +185,7 @@ class Instance:
         return (outer.remat, outer.microbatches, outer.layout.key, outer.layout.mesh.axis_sizes)
 
     def _program(self, remat: str | None, microbatches: int):
+        remat = remat or REMAT[0]
         return self.shared(
             ("program", remat, microbatches),
             lambda: trace_variant(self.problem, remat, microbatches),

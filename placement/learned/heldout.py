@@ -1,0 +1,223 @@
+"""suite=heldout: every optimizer on problems that the policy has not seen.
+
+One run is a problem, an optimizer and a seed; it records the whole curve of its best plan against
+evaluations and against processor seconds, so one run answers for every smaller budget. Runs are kept
+as ``rows/PROBLEM.OPTIMIZER.SEED.json`` under ``out`` and are not repeated; a stopped suite goes on
+where it was. All runs on one problem share traced programs and tables, whose seconds are charged to
+each of them (:mod:`placement.learned.instance`).
+
+* ``engine`` opens every candidate there is, so that the best plan known of each problem is the best
+  near-optimal completion of the whole outer space, or better.
+* Optimizers whose result depends on the seed run with ``seeds`` of them.
+* ``deep`` problems of each split are also given ``deep_evaluations``, with ``deep_seeds``.
+* ``learned`` is the shipped policy; ``untrained`` has the same network with random weights,
+  ``uniform`` no preference at all; ``learned_1`` is the policy of another training seed, where its
+  weights are given. They run through the same search.
+
+Policies need weights; what is missing is skipped and said.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from graphs.errors import MeshwrightError
+from placement.compile_cache import write_atomically
+from placement.learned.anytime import Curve
+from placement.learned.problems import SPLITS, PlanningProblem, load_split
+
+EVALUATION_SPLITS = tuple(s for s in SPLITS if s != "train")
+EVALUATIONS = (1, 16, 64, 256, 1024, 4096)
+SECONDS = (0.1, 1.0, 10.0)
+NO_LIMIT = 1 << 30
+_LONGEST_S = 600.0
+_ALL = 10_000
+
+
+def evaluate(
+    *,
+    out: str = "out/heldout",
+    splits: Sequence[str] | None = None,
+    problems: int = 20,
+    optimizers: Sequence[str] | None = None,
+    seeds: int = 5,
+    evaluations: int = 64,
+    deep: int = 0,
+    deep_evaluations: int = 4096,
+    deep_seeds: int = 2,
+    max_axes: int = 2,
+    bounds: int = 0,
+    policies: Mapping[str, str | None] | None = None,
+    results: str | None = None,
+    document: str | None = None,
+) -> int:
+    """Run what is missing, then write tables, pictures and, if asked for, the document.
+
+    Args:
+      out: folder of rows and results.
+      splits: names, validation and all held-out ones where None.
+      problems: how many of each split, the first ones.
+      optimizers: names, all where None.
+      seeds: runs of optimizers whose result depends on the seed.
+      evaluations: plans that one run may judge.
+      deep: problems of each split with `deep_evaluations` as well.
+      deep_evaluations: plans that a deep run may judge.
+      deep_seeds: seeds of deep runs.
+      max_axes: most mesh axes of a candidate; 2 is what ``placement.optimize`` searches.
+      bounds: problems of each split whose lower bound over all candidates is computed.
+      policies: name -> weights file, for policies beside the shipped one.
+      results: folder that tables and pictures are also written to.
+      document: page to write.
+
+    Returns:
+      0.
+    """
+    from placement.learned import heldout_report
+    from placement.learned.baselines import BASELINES
+
+    folder = pathlib.Path(out)
+    (folder / "rows").mkdir(parents=True, exist_ok=True)
+    wanted = list(splits or EVALUATION_SPLITS)
+    if unknown := sorted(set(wanted) - set(EVALUATION_SPLITS)):
+        raise MeshwrightError(
+            f"no split {unknown[0]!r} to evaluate; use one of {', '.join(EVALUATION_SPLITS)}"
+        )
+    runners: dict[str, Callable[..., Curve]] = {**BASELINES, **_learned(dict(policies or {}))}
+    names = list(optimizers or runners)
+    if missing := sorted(set(names) - set(runners)):
+        raise MeshwrightError(f"no optimizer {missing[0]!r}; use one of {', '.join(runners)}")
+    warm = False
+    for problem, rank in _in_turn(wanted, problems):
+        todo = list(
+            _missing(
+                folder, problem, names, seeds, evaluations,
+                deep_seeds if rank < deep else 0, deep_evaluations,
+            )
+        )  # fmt: skip
+        wants_bound = rank < bounds and not _path(folder, problem.name, "bound", 0).exists()
+        if (todo or wants_bound) and not warm:
+            _warm_up(problem)
+            warm = True
+        if todo or wants_bound:
+            _run(folder, problem, todo, runners, max_axes, wants_bound)
+    rows = load_rows(folder)
+    targets = [folder] + ([pathlib.Path(results)] if results else [])
+    for target in targets:
+        heldout_report.write(target, rows)
+    if document:
+        heldout_report.write_document(pathlib.Path(document), rows)
+    return 0
+
+
+def load_rows(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """All runs recorded in a folder, each with its ``curve`` as a Curve."""
+    rows = []
+    for path in sorted((folder / "rows").glob("*.json")):
+        row = json.loads(path.read_text(encoding="utf-8"))
+        if "curve" in row:
+            row["curve"] = Curve.from_json(json.dumps(row["curve"]))
+        rows.append(row)
+    if not rows:
+        raise MeshwrightError(f"no runs under {folder}; let the suite run some")
+    return rows
+
+
+def _in_turn(splits: Sequence[str], count: int) -> Iterator[tuple[PlanningProblem, int]]:
+    """The first problems of each split, splits in turn, so that a stopped suite is balanced."""
+    lists = [load_split(s)[:count] for s in splits]
+    for rank in range(max(map(len, lists))):
+        for problems in lists:
+            if rank < len(problems):
+                yield problems[rank], rank
+
+
+def _missing(folder, problem, names, seeds, evaluations, deep_seeds, deep_evaluations):
+    """(optimizer, seed, evaluations) of runs without a row, those that fill the store first."""
+    from placement.learned.baselines import SCORING, SEEDED
+
+    for name in sorted(names, key=lambda n: n != "engine"):
+        budget = NO_LIMIT if name in ("engine", "rules") else evaluations
+        fixed = name not in SEEDED and name in (*SCORING, "engine", "rules")
+        for seed in range(1 if fixed else seeds):
+            if name in SEEDED and name in SCORING and seed < deep_seeds:
+                budget = deep_evaluations
+            else:
+                budget = NO_LIMIT if name in ("engine", "rules") else evaluations
+            path = _path(folder, problem.name, name, seed)
+            if path.exists():
+                row = json.loads(path.read_text(encoding="utf-8"))
+                if row["max_evaluations"] >= budget:
+                    continue
+            yield name, seed, budget
+
+
+def _run(folder, problem, todo, runners, max_axes: int, wants_bound: bool) -> None:
+    from placement.learned.instance import Instance
+
+    instance = Instance(problem, max_axes=max_axes)
+    common = dict(
+        problem=problem.name,
+        split=problem.split,
+        family=problem.family,
+        cluster=problem.cluster,
+        n_devices=instance.cluster.n_devices,
+        model=problem.model["name"],
+        candidates=len(instance.outers),
+        max_axes=max_axes,
+    )
+    for name, seed, budget in todo:
+        curve = runners[name](
+            instance.fork(), max_evaluations=budget, time_limit_s=_LONGEST_S, seed=seed
+        )
+        row = common | dict(
+            optimizer=name, seed=seed, max_evaluations=budget, curve=curve.to_dict()
+        )
+        _write(_path(folder, problem.name, name, seed), row)
+        best = curve.step_time_s[-1] if curve.step_time_s else float("nan")
+        print(
+            f"{problem.name} {name} seed {seed}: {best:.5g} s after {curve.total_evaluations} "
+            f"evaluations, {curve.total_seconds:.1f} s",
+            flush=True,
+        )
+    if wants_bound:
+        row = common | dict(optimizer="bound", seed=0, bound_s=bound_s(instance))
+        _write(_path(folder, problem.name, "bound", 0), row)
+
+
+def _warm_up(problem: PlanningProblem) -> None:
+    """Load and compile what the first run of a process would otherwise be charged for."""
+    from placement.learned.baselines import annealing
+    from placement.learned.instance import Instance
+
+    instance = Instance(problem, max_axes=1)
+    annealing(instance, max_evaluations=4, time_limit_s=30.0, seed=0)
+    instance.evaluate(instance.outers[0])
+
+
+def bound_s(instance) -> float:
+    """A lower bound of the simulated step time over all candidates."""
+    from placement.bound import simulation_bound_s
+
+    return min(simulation_bound_s(instance.tables(o), 0.5) for o in instance.outers)
+
+
+def _path(folder: pathlib.Path, problem: str, optimizer: str, seed: int) -> pathlib.Path:
+    return folder / "rows" / f"{problem}.{optimizer}.{seed}.json"
+
+
+def _write(path: pathlib.Path, row: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(row, separators=(",", ":")).encode())
+
+
+def _learned(extra: dict[str, str | None]) -> dict[str, Callable[..., Curve]]:
+    """The learned search under each policy there is."""
+    from placement.learned import contenders
+
+    found, notes = contenders.contenders(extra)
+    for note in notes:
+        print(note, file=sys.stderr)
+    return found

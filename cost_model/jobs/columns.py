@@ -15,6 +15,8 @@ from cost_model.jobs.hardware import DeviceColumns
 from cost_model.jobs.shape import ModelShape
 
 REMAT = ("none", "selective", "full")
+SCHEDULES = ("1f1b", "gpipe", "zero_bubble_h1", "zero_bubble_h2")
+"""Orders of forward and backward passes (`step`); 1F1B with vpp > 1 is the interleaved schedule."""
 DTYPE_BYTES = {"fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "mxfp8": 1.0, "nvfp4": 0.5}
 
 
@@ -68,6 +70,12 @@ class Jobs:
     pp: np.ndarray
     vpp: np.ndarray
     """model chunks per stage of the interleaved schedule; 1 for plain 1F1B."""
+    schedule: np.ndarray
+    """index into SCHEDULES."""
+    first_layers: np.ndarray
+    """layers of the first stage, beside the embedding; -1: as the software divides them."""
+    last_layers: np.ndarray
+    """layers of the last stage, beside the head; -1 as above, 0: the head is alone."""
     cp: np.ndarray
     ep: np.ndarray
     n_slices: np.ndarray

@@ -83,11 +83,21 @@ def expert_ways(jobs: Jobs) -> np.ndarray:
     return np.maximum(jobs.ep, 1.0) * np.where(jobs.expert_tp > 0, jobs.tp, 1.0)
 
 
-def layers_per_stage(jobs: Jobs) -> tuple[np.ndarray, np.ndarray]:
-    """[J] layers of a middle stage and of the last stage.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageLayers:
+    """[J] layers of the first stage, of each middle one, and of the last."""
+
+    first: np.ndarray
+    middle: np.ndarray
+    last: np.ndarray
+
+
+def layers_per_stage(jobs: Jobs) -> StageLayers:
+    """How layers are divided over stages.
 
     Where the layers and the embedding and the head divide evenly over the stages, the first and
-    the last stage have one layer fewer (Llama 3, arXiv:2407.21783, section 3.3.2; BLOOM).
+    the last stage have one layer fewer (Llama 3, arXiv:2407.21783, section 3.3.2; BLOOM). A job may
+    state the layers of its first and last stage instead; the rest is divided over the others.
     """
     pp = np.maximum(jobs.pp, 1.0)
     even = np.mod(jobs.n_layers, pp) == 0
@@ -104,4 +114,12 @@ def layers_per_stage(jobs: Jobs) -> tuple[np.ndarray, np.ndarray]:
     )
     # an uneven remainder is taken from the last stages one by one
     last = np.maximum(last, np.floor(jobs.n_layers / pp) * ~balanced)
-    return middle, np.maximum(last, 0.0)
+    first = np.where(balanced & ~even, np.maximum(middle - 1, 1.0), middle)
+    stated = jobs.first_layers >= 0
+    rest = jobs.n_layers - jobs.first_layers - jobs.last_layers
+    inner = np.where(pp > 2, rest / np.maximum(pp - 2, 1.0), jobs.first_layers)
+    return StageLayers(
+        first=np.where(stated, jobs.first_layers, first),
+        middle=np.where(stated, inner, middle),
+        last=np.where(stated, jobs.last_layers, np.maximum(last, 0.0)),
+    )

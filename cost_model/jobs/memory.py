@@ -4,7 +4,9 @@ states      weights, gradients and optimizer state of the stage (first: with the
             with the head), each divided by what shards it (ZeRO, arXiv:1910.02054)
 activations what each part of a layer keeps for the backward pass, from its recomputed share,
             times the microbatches in flight: pp on the first stage, 1 on the last, and
-            (pp - 1)/vpp more with interleaving (arXiv:2205.05198, section 4.2 and appendix)
+            (pp - 1)/vpp more with interleaving (arXiv:2205.05198, section 4.2 and appendix); all
+            m with GPipe (arXiv:1811.06965), pp with zero bubble H1 and 2 pp - 1 with H2
+            (arXiv:2401.10241, table 1)
 working set one layer's recomputed activations, gathered weights, and the logits
 allocator   fragmentation and the runtime's own context
 """
@@ -16,8 +18,10 @@ import dataclasses
 import numpy as np
 
 from cost_model.jobs import counts, layer
-from cost_model.jobs.columns import Jobs
+from cost_model.jobs.columns import SCHEDULES, Jobs
 from cost_model.jobs.constants import Constants
+
+GPIPE, ZERO_BUBBLE_H2 = SCHEDULES.index("gpipe"), SCHEDULES.index("zero_bubble_h2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,9 +86,8 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     table = params.embedding / jobs.tp
     head = params.head * (1 - jobs.tied) / jobs.tp
     head = np.where((jobs.tied > 0) & (jobs.pp > 1), params.head / jobs.tp, head)
-    middle, last = counts.layers_per_stage(jobs)
-    balanced = (np.mod(jobs.n_layers, jobs.pp) > 0) & (np.mod(jobs.n_layers + 2, jobs.pp) == 0)
-    first = np.where(balanced, np.maximum(middle - 1, 1.0), middle)
+    stages = counts.layers_per_stage(jobs)
+    first, middle, last = stages.first, stages.middle, stages.last
 
     replicas = jobs.dp * jobs.cp
     expert_replicas = np.maximum(replicas * jobs.tp / counts.expert_ways(jobs), 1.0)
@@ -101,7 +104,10 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     kept, full = kept_bytes(jobs)
     kept = kept * (1 - jobs.offload)
     m = counts.microbatches(jobs)
+    gpipe, longer = jobs.schedule == GPIPE, jobs.schedule == ZERO_BUBBLE_H2
     flight = np.minimum(jobs.pp, m) * (1 + (jobs.pp - 1) / (jobs.pp * jobs.vpp) * (jobs.vpp > 1))
+    flight = np.where(gpipe, m, np.where(longer, np.minimum(2 * jobs.pp - 1, m), flight))
+    behind = np.where(gpipe, 0.0, np.where(longer, 2.0, 1.0))  # fewer on each later stage
     redone = full - kept / np.maximum(1 - jobs.offload, 1e-6)
     # PyTorch prefetches a whole layer beside the one in use; XLA gathers weight by weight
     ahead = np.where(jobs.caching_allocator > 0, 2.0, 1.0)
@@ -112,6 +118,7 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     logits = layer.tokens(jobs) * jobs.vocab / jobs.tp * constants.of("logit_bytes", family)
     alone = jobs.pp <= 1
     act_first, act_last = kept * first * flight, kept * np.where(alone, middle, last)
+    act_last = act_last * np.where(gpipe & ~alone, m, 1.0)
     table_gathered = np.where(gathered, 2.0 * (table + head), 0.0)
     tables = table + np.where(alone, head, 0.0)
     first_total = states(first, tables) + act_first + working
@@ -123,6 +130,10 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     last_total = last_total + np.maximum(logits, working)
     fullest_first = first_total >= last_total
     peak = np.maximum(first_total, last_total)
+    # where the first stage is stated to hold fewer layers, the second may be the fullest
+    second = states(middle, np.zeros_like(table)) + kept * middle * np.maximum(flight - behind, 1.0)
+    second = np.where((jobs.first_layers >= 0) & (jobs.pp > 2), second + working, 0.0)
+    peak = np.maximum(peak, second)
     slack = constants.of("allocator_share", family)
     context = constants.of("context_bytes", family)
     return Memory(

@@ -1,15 +1,15 @@
 """Seconds of one optimizer step of J whole jobs.
 
-    T = [ m max_stage + (pp - 1)/vpp mean_stage + p2p + first gather + gradient reduction
-          + optimizer ] * (1 + spread log2(nodes) + flush)
+    T = [ m max_stage + fill + m p2p + first gather + gradient reduction + optimizer ]
+          * (1 + spread log2(nodes) + flush)
+    fill = (pp - 1) ( (mean_stage - k W) / vpp + 2 sends )
 
-m microbatches of the 1F1B or interleaved schedule (arXiv:2104.04473, section 2.2: the bubble is
-(pp - 1)/vpp microbatches). A stage is its layers, forward, backward and recomputed, and the head on
-the last. Tensor-parallel collectives: two all-reduces (or gather / scatter pairs) a layer forward,
-two backward (arXiv:1909.08053). Sharded weights are gathered for each microbatch, forward and
-backward, beside the computation: max(compute, traffic) + residue min(compute, traffic). Context
-parallelism gathers keys and values beside the attention core; experts exchange tokens twice
-forward and twice backward.
+m microbatches in stages. A stage is its layers, forward, backward and recomputed, and the head on the
+last (`pieces`). The bubble is (pp - 1)/vpp microbatches for 1F1B and the interleaved schedule
+(arXiv:2104.04473, section 2.2), the same for GPipe (arXiv:1811.06965). Zero-bubble schedules
+compute the gradients of weights, W of a mean stage, apart from the backward pass and fill the bubble
+with them: k is 2 for H1 and 3 for H2 (arXiv:2401.10241, table 1: (p - 1)(F + B - W) and
+(p - 1)(F + B - 2W), where their B does not hold W).
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ import dataclasses
 
 import numpy as np
 
-from cost_model.jobs import counts, layer, network
-from cost_model.jobs.columns import Jobs
+from cost_model.jobs import counts
+from cost_model.jobs.columns import SCHEDULES, Jobs
 from cost_model.jobs.constants import Constants
-from cost_model.jobs.memory import kept_bytes, memory
+from cost_model.jobs.memory import memory
+from cost_model.jobs.pieces import pieces
 
 _DEVICES_PER_NODE = 8.0
+_FILLED = np.array(
+    [{"zero_bubble_h1": 2.0, "zero_bubble_h2": 3.0}.get(name, 0.0) for name in SCHEDULES]
+)
+"""k: weight gradients that fill the bubble of a stage, by schedule."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,110 +65,21 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
     def c(name: str) -> np.ndarray:
         return constants.of(name, jobs.device.family)
 
-    rate = layer.rates(jobs, constants)
-    t = layer.tokens(jobs)
+    piece = pieces(jobs, constants)
     m = counts.microbatches(jobs)
-    groups = network.groups(jobs, c("fast_share"))
-    net = network.Network(
-        slow_bytes_per_s=jobs.device.network_bytes_per_s
-        * c("slow_share")
-        * np.where(jobs.staged_network > 0, c("staged_share"), 1.0),
-        latency_s=c("hop_latency_s"),
-    )
-    params = counts.parameters(jobs)
-    moe_share = jobs.n_moe_layers / jobs.n_layers
-
-    # one mean layer, computation
-    attention_core = layer.core(jobs, rate, constants)
-    work = layer.projections(jobs, rate, constants) + layer.pointwise(jobs, rate, constants)
-    work = work + attention_core
-    if (moe_share < 1).any():
-        work = work + layer.dense_mlp(jobs, rate, constants) * (1 - moe_share)
-    if (moe_share > 0).any():
-        work = work + layer.expert_mlp(jobs, rate, constants) * moe_share
-    head = layer.head(jobs, rate, constants)
-
-    # one mean layer, collectives
-    activation = t * jobs.d_model * 2.0
-    redone_pairs = np.minimum(jobs.remat_out + jobs.remat_down * (1 - moe_share), 2.0)
-    # experts that are not split over the tensor ranks reduce nothing over them
-    pairs = 2.0 * (2.0 - moe_share * (jobs.expert_tp == 0)) + redone_pairs
-    hidden = np.where(jobs.tp_overlap > 0, c("tp_exposed"), 1.0)
-    tensor = network.reduce_s(activation, groups["tp"], net) * pairs * hidden
-    expert = network.exchange_s(activation / jobs.tp, jobs.experts_per_token, groups["ep"], net)
-    expert = expert * 4.0 * moe_share
-    key_bytes = 2.0 * t * jobs.cp * np.maximum(jobs.n_kv_heads / jobs.tp, 1.0)
-    key_bytes = key_bytes * (jobs.head_dim + jobs.v_head_dim)
-    key_time = network.gather_s(key_bytes, groups["cp"], net)
-    context = _beside(attention_core.forward, key_time, c("overlap_residue"))
-    context = context + _beside(attention_core.backward, 2 * key_time, c("overlap_residue"))
-
-    # saved activations that travel to host memory and back beside the computation
-    kept, _ = kept_bytes(jobs)
-    travel = kept * jobs.offload / jobs.device.host_bytes_per_s
-    offload = np.maximum(travel - work.forward, 0.0)
-    offload = offload + np.maximum(travel - work.backward - work.redone, 0.0)
-
-    # the host launches every kernel: where it is slower than the device, the device waits
-    launched = layer.kernels(jobs) * (3.0 + jobs.remat_pointwise) * c("launch_s")
-    launched = np.where(jobs.cuda_graphs > 0, 0.0, launched)
-    busy = work.total + tensor + expert
-    host = np.maximum(launched - busy, 0.0) + jobs.engine_sync * c("sync_s")
-
-    # sharded weights, gathered for every microbatch
-    gathered = (jobs.zero_stage >= 2) & (jobs.fsdp > 1)
-    dense_layer = params.dense_layer_mean(jobs) / jobs.tp
-    expert_layer = params.expert_layer_mean(jobs) / counts.expert_ways(jobs)
-    fetch = network.gather_s(2.0 * (dense_layer + expert_layer), groups["fsdp"], net)
-    push = network.gather_s(jobs.grad_bytes * (dense_layer + expert_layer), groups["fsdp"], net)
-    refetch = np.where(jobs.zero_stage >= 3, fetch, 0.0)
-    forward_busy = work.forward + tensor * 0.4 + expert * 0.5
-    backward_busy = work.backward + work.redone + tensor * 0.6 + expert * 0.5
-    sharded = _beside(forward_busy, fetch, c("overlap_residue"))
-    sharded = sharded + _beside(backward_busy, refetch + push, c("overlap_residue"))
-    sharded = np.where(gathered, sharded, 0.0)
-    table = params.embedding + params.head * (1 - jobs.tied)
-    table_time = network.gather_s((4.0 + jobs.grad_bytes) * table / jobs.tp, groups["fsdp"], net)
-    table_exposed = np.where(gathered, _beside(head.total, table_time, c("overlap_residue")), 0.0)
-    first_gather = np.where(gathered, fetch, 0.0)
-
-    # stages
-    middle, last = counts.layers_per_stage(jobs)
-    per_layer = work.total + tensor + expert + context + sharded + host + offload
-    head_time = head.total + table_exposed
-    stage_middle = middle * per_layer
-    stage_last = last * per_layer + head_time
+    stages = counts.layers_per_stage(jobs)
+    head_time = piece.head.total + piece.head_sharded
+    stage_middle = stages.middle * piece.layer
+    stage_last = stages.last * piece.layer + head_time
     longest = np.where(jobs.pp > 1, np.maximum(stage_middle, stage_last), stage_last)
-    mean = (jobs.n_layers * per_layer + head_time) / jobs.pp
-    sent = activation / jobs.tp
-    crosses = jobs.device.domain < jobs.n_devices
-    hop = sent / np.where(crosses, net.slow_bytes_per_s, groups["tp"].fast_bytes_per_s)
-    hop = (hop + net.latency_s) * (jobs.pp > 1)
-    p2p = 2.0 * hop * jobs.vpp * np.where(jobs.tp_overlap > 0, c("tp_exposed"), 1.0)
-    fill = (jobs.pp - 1) * (mean / jobs.vpp + 2.0 * hop)
+    mean = (jobs.n_layers * piece.layer + head_time) / jobs.pp
+    weights = (jobs.n_layers * piece.weight_gradient + 0.5 * piece.head.backward) / jobs.pp
+    p2p = 2.0 * piece.hop * jobs.vpp * piece.hop_exposed
+    bubble = np.maximum(mean - _FILLED[jobs.schedule.astype(int)] * weights, 0.0)
+    fill = (jobs.pp - 1) * (bubble / jobs.vpp + 2.0 * piece.hop)
     pipeline = m * (longest + p2p) + fill
 
-    # gradients of replicated weights, once a step
-    stage_dense = (jobs.n_layers / jobs.pp) * dense_layer + table / jobs.tp / np.minimum(jobs.pp, 2)
-    stage_expert = (jobs.n_layers / jobs.pp) * expert_layer
-    replicated = ~gathered
-    back = np.where(jobs.zero_stage >= 1, 2.0, jobs.grad_bytes)
-    gradient = network.gather_s(
-        (jobs.grad_bytes + back) * stage_dense, groups["dp"], net
-    ) + network.gather_s((jobs.grad_bytes + back) * stage_expert, groups["expert_dp"], net)
-    between = 2.0 * network.gather_s(
-        jobs.grad_bytes * (stage_dense + stage_expert) / jobs.fsdp, groups["replica"], net
-    )
-    gradient = np.where(replicated, gradient, between)
-    gradient = gradient * np.where(jobs.dp_overlap > 0, c("dp_exposed"), 1.0)
-
-    shards = np.where(jobs.zero_stage >= 1, np.where(gathered, jobs.fsdp, jobs.dp * jobs.cp), 1.0)
-    states = (stage_dense + stage_expert) / shards
-    optimizer = states * 30.0 / rate.hbm + (stage_dense + stage_expert) * 4.0 / rate.hbm * np.where(
-        gathered, 1.0 / jobs.fsdp, 1.0
-    )
-
-    total = pipeline + first_gather + gradient + optimizer
+    total = pipeline + piece.first_gather + piece.gradient + piece.optimizer
     nodes = np.maximum(jobs.n_devices / _DEVICES_PER_NODE, 1.0)
     spread = total * c("spread") * np.log2(nodes)
     spread = spread + total * c("slice_spread") * np.log2(jobs.n_slices)
@@ -173,24 +89,20 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
     flush = total * short * jobs.caching_allocator * c("flush_share")
     spread = spread + flush
     used = m * jobs.n_layers / jobs.pp
-    compute = used * (work.forward + work.backward) + m * head.total / jobs.pp
+    work = piece.work
+    compute = used * (work.forward + work.backward) + m * piece.head.total / jobs.pp
     parts = {
         "compute_s": compute,
         "remat_s": used * work.redone,
-        "tensor_s": used * tensor,
-        "context_s": used * context,
-        "expert_s": used * expert,
-        "sharded_s": used * sharded + m * table_exposed / jobs.pp + first_gather,
-        "gradient_s": gradient,
-        "optimizer_s": optimizer,
-        "host_s": used * host,
-        "offload_s": used * offload,
+        "tensor_s": used * piece.tensor,
+        "context_s": used * piece.context,
+        "expert_s": used * piece.expert,
+        "sharded_s": used * piece.sharded + m * piece.head_sharded / jobs.pp + piece.first_gather,
+        "gradient_s": piece.gradient,
+        "optimizer_s": piece.optimizer,
+        "host_s": used * piece.host,
+        "offload_s": used * piece.offload,
         "spread_s": spread,
     }
     bubble = total + spread - sum(parts.values())
     return StepTime(step_time_s=total + spread, bubble_s=bubble, **parts)
-
-
-def _beside(busy: np.ndarray, traffic: np.ndarray, residue: np.ndarray) -> np.ndarray:
-    """[J] seconds that `traffic` adds to `busy` when both run side by side."""
-    return np.maximum(traffic - busy, 0.0) + residue * np.minimum(busy, traffic)

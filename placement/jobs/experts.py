@@ -105,11 +105,13 @@ def _score(case: Case, time_limit_s: float) -> tuple[dict[str, typing.Any], typi
 def _plain(plan: JobPlan) -> dict[str, typing.Any]:
     return {
         "degrees": plan.degrees,
+        "schedule": plan.schedule,
         "remat": plan.remat,
         "step_time_s": plan.step_time_s,
         "memory_gib": plan.memory_bytes / 2**30,
         "capacity_gib": plan.capacity_bytes / 2**30,
         "lower_bound_s": plan.lower_bound_s,
+        "gap": plan.gap,
         "evaluations": plan.evaluations,
     }
 

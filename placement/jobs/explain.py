@@ -66,7 +66,15 @@ def neighbours(plan: JobPlan, constants: Constants | None = None) -> list[Neighb
 
 def explain(plan: JobPlan, constants: Constants | None = None) -> str:
     """The plan in words: degrees, where the time goes, what the next best choices would cost."""
-    degrees = ", ".join(f"{k} {v:g}" for k, v in plan.degrees.items())
+    hidden = ("schedule", "first_layers", "last_layers")
+    degrees = ", ".join(f"{k} {v:g}" for k, v in plan.degrees.items() if k not in hidden)
+    if plan.schedule:
+        degrees += f", {plan.schedule}"
+    if plan.degrees["first_layers"] >= 0:
+        degrees += (
+            f" with {plan.degrees['first_layers']:g} layers on the first stage and "
+            f"{plan.degrees['last_layers']:g} on the last"
+        )
     lines = [
         f"{plan.step_time_s:.4g} s a step, at most {plan.gap:.1%} above the bound of the space; "
         f"{plan.memory_bytes / 2**30:.1f} of {plan.capacity_bytes / 2**30:.1f} GiB",

@@ -18,11 +18,11 @@ from cost_model.jobs.constants import Constants
 from cost_model.jobs.memory import memory
 from cost_model.jobs.step import StepTime, step_time
 from graphs.errors import MeshwrightError
+from placement.jobs.search import DEGREES
 from placement.jobs.space import REMAT, groups, members
 
 AGAINST = ("memory", "energy")
 _CHUNK = 4096
-_DEGREES = "dp fsdp zero_stage tp sp pp vpp cp ep micro_batch".split()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def front(job: Jobs, against: str = "memory", constants: Constants | None = None
             for i in _lower_left(time.step_time_s, other):
                 best.append(
                     Point(
-                        degrees={name: float(getattr(kept, name)[i]) for name in _DEGREES},
+                        degrees={name: float(getattr(kept, name)[i]) for name in DEGREES},
                         remat=remat,
                         step_time_s=float(time.step_time_s[i]),
                         memory_bytes=float(held.peak_bytes[fits[i]]),

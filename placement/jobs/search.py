@@ -17,13 +17,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from cost_model.jobs import constants as constants_module
-from cost_model.jobs.columns import Jobs
+from cost_model.jobs.columns import SCHEDULES, Jobs
 from cost_model.jobs.constants import Constants
 from cost_model.jobs.memory import memory
 from cost_model.jobs.step import step_time
 from graphs.errors import MeshwrightError
 from placement.jobs.space import REMAT, Groups, groups, members
 
+DEGREES = (
+    "dp fsdp zero_stage tp sp pp vpp cp ep micro_batch schedule first_layers last_layers".split()
+)
+"""Columns of a job that a search decides, rematerialisation and offload apart."""
 _CHUNK = 2048
 
 
@@ -32,7 +36,8 @@ class JobPlan:
     """A whole job's plan."""
 
     degrees: dict[str, float]
-    """dp, fsdp, zero_stage, tp, sp, pp, vpp, cp, ep, micro_batch."""
+    """dp, fsdp, zero_stage, tp, sp, pp, vpp, cp, ep, micro_batch, schedule, first_layers,
+    last_layers: `cost_model.jobs.columns.Jobs`."""
     remat: str
     """a policy of `space.REMAT`, or "as given" for the configuration the search started from."""
     step_time_s: float
@@ -44,6 +49,14 @@ class JobPlan:
     planning_time_s: float
     job: Jobs
     """the plan as a table of one job."""
+
+    @property
+    def schedule(self) -> str:
+        """Name of the pipeline's schedule, empty without stages."""
+        if self.degrees["pp"] <= 1:
+            return ""
+        name = SCHEDULES[int(self.degrees["schedule"])]
+        return "interleaved" if self.degrees["vpp"] > 1 else name
 
     @property
     def gap(self) -> float:
@@ -178,9 +191,8 @@ class _Search:
                 planning_time_s=spent,
             )
         job, remat, peak = self.best
-        names = "dp fsdp zero_stage tp sp pp vpp cp ep micro_batch".split()
         return JobPlan(
-            degrees={name: float(getattr(job, name)[0]) for name in names},
+            degrees={name: float(getattr(job, name)[0]) for name in DEGREES},
             remat=remat,
             step_time_s=self.best_s,
             memory_bytes=peak,

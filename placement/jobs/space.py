@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 
-from cost_model.jobs.columns import Jobs
+from cost_model.jobs.columns import SCHEDULES, Jobs
 
 REMAT = {
     # name: what is computed again, and the share of the kept activations that goes to the host
@@ -29,6 +30,7 @@ REMAT = {
 _PARTS = ("core", "qkv", "out", "up", "down", "pointwise")
 _MAX_TENSOR, _MAX_CONTEXT, _MAX_CHUNKS = 64, 64, 16
 _MAX_MICRO = 64.0
+_ZERO_BUBBLE = (SCHEDULES.index("zero_bubble_h1"), SCHEDULES.index("zero_bubble_h2"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,11 @@ class Groups:
     micro_batch: np.ndarray
     zero_stage: np.ndarray
     fsdp: np.ndarray
+    schedule: np.ndarray
+    """index into `cost_model.jobs.columns.SCHEDULES`."""
+    first_layers: np.ndarray
+    """layers of the first stage, -1: as even as stages are."""
+    last_layers: np.ndarray
 
     @property
     def n_groups(self) -> int:
@@ -67,7 +74,7 @@ def groups(job: Jobs) -> Groups:
     rows: list[tuple[float, ...]] = []
     tensor = [t for t in _divisors(n, _MAX_TENSOR) if heads % t == 0 and t <= domain]
     context = [c for c in _powers(_MAX_CONTEXT) if one["seq_len"] % (2 * c) == 0]
-    stages = [p for p in _divisors(n, layers) if _stages_even(layers, p)]
+    stages = _divisors(n, layers)
     for tp, cp, pp in itertools.product(tensor, context, stages):
         if n % (tp * cp * pp):
             continue
@@ -79,13 +86,13 @@ def groups(job: Jobs) -> Groups:
         expert = [e for e in _divisors(experts, dp * cp * tp) if dp * cp * tp % e == 0] or [1]
         for micro in micros:
             m = local / micro
-            for vpp in _chunks(layers, pp, m):
-                for ep in expert:
-                    rows.extend(
-                        (tp, cp, pp, vpp, ep, dp, micro, zero, fsdp)
-                        for zero, fsdp in _shardings(dp * cp, pp, domain // max(tp, 1))
-                    )
-    columns = np.array(rows, float).reshape(-1, 9).T
+            for shape, ep in itertools.product(_pipelines(layers, pp, m), expert):
+                vpp, *rest = shape
+                rows.extend(
+                    (tp, cp, pp, vpp, ep, dp, micro, zero, fsdp, *rest)
+                    for zero, fsdp in _shardings(dp * cp, pp, domain // max(tp, 1))
+                )
+    columns = np.array(rows, float).reshape(-1, 12).T
     names = [f.name for f in dataclasses.fields(Groups)]
     return Groups(**dict(zip(names, columns)))
 
@@ -111,6 +118,9 @@ def members(job: Jobs, chosen: Groups, remat: str) -> Jobs:
         micro_batch=chosen.micro_batch,
         zero_stage=chosen.zero_stage,
         fsdp=chosen.fsdp,
+        schedule=chosen.schedule,
+        first_layers=chosen.first_layers,
+        last_layers=chosen.last_layers,
         sp=(chosen.tp > 1).astype(float),
         offload=offload,
         **shares,
@@ -128,13 +138,45 @@ def _shardings(ways: int, pp: int, near: int) -> list[tuple[float, float]]:
     return found
 
 
+def _pipelines(layers: int, pp: int, m: float) -> list[tuple[int, int, int, int]]:
+    """(chunks, schedule, layers of the first stage, of the last) of pp stages.
+
+    GPipe takes as long as 1F1B and never less memory, so that it is no plan of its own."""
+    if pp == 1:
+        return [(1, 0, -1, -1)]
+    found = []
+    if _stages_even(layers, pp):
+        found += [(v, 0, -1, -1) for v in _chunks(layers, pp, m)]
+        found += [(1, k, -1, -1) for k in _ZERO_BUBBLE]
+    found += [(1, k, *ends) for ends in _ends(layers, pp) for k in (0, *_ZERO_BUBBLE)]
+    return found
+
+
+def _ends(layers: int, pp: int) -> list[tuple[int, int]]:
+    """Layers of the first and the last stage where those between are equal: 0 and 0, the embedding
+    and the head on their own stages; or the remainder, even or with fewer beside the head."""
+    if pp < 3:
+        return [(layers - layers // 2 + k, layers // 2 - k) for k in (0, 1) if layers // 2 > k]
+    found = set()
+    if layers % (pp - 2) == 0:
+        found.add((0, 0))
+    even = math.ceil(layers / pp)
+    for middle in (even, even + 1):
+        rest = layers - middle * (pp - 2)
+        for last in (rest // 2, rest // 2 - 1):
+            first = rest - last
+            if 0 <= last and 0 <= first <= middle and (first, last) != (middle, middle):
+                found.add((first, last))
+    return sorted(found)
+
+
 def _stages_even(layers: int, pp: int) -> bool:
-    return layers % pp == 0 or (layers + 2) % pp == 0 or pp == 1
+    return layers % pp == 0 or (layers + 2) % pp == 0
 
 
 def _chunks(layers: int, pp: int, m: float) -> list[int]:
     """Chunks per stage of the interleaved schedule: microbatches in rounds of pp."""
-    if pp == 1 or m % pp:
+    if m % pp:
         return [1]
     total = layers if layers % pp == 0 else layers + 2
     return [v for v in range(1, _MAX_CHUNKS + 1) if (total // pp) % v == 0]

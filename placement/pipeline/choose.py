@@ -93,10 +93,10 @@ def choose(
         return np.ones(g.n_groups, bool) if microbatches is None else m == microbatches
 
     def staged(g: Groups) -> np.ndarray:
-        mask = counted(g) & (g.dp % g.ep == 0) & (g.zero_stage == 1)
+        mask = counted(g) & (g.dp % g.ep == 0) & (g.zero_stage == 1) & (g.schedule == 0)
         mask &= g.pp > 1 if stages is None else g.pp == stages
-        even = np.mod(config.n_layers, g.pp * g.vpp * unit) == 0
-        mask &= even | (unit == 1) & (np.mod(config.n_layers + 2, g.pp * g.vpp) == 0)
+        even = (np.mod(config.n_layers, g.pp * g.vpp * unit) == 0) & (g.first_layers < 0)
+        mask &= even | (unit == 1)
         if config.n_experts:
             mask &= g.cp == 1
         for i in np.flatnonzero(mask):
@@ -132,13 +132,17 @@ def whole_repeats(config: ModelConfig) -> int:
     return len(main.kinds)
 
 
-def layers_of(n_layers: int, virtual_stages: int) -> tuple[int, ...] | None:
-    """Layers of each virtual stage where they are uneven: one fewer on the first, beside the
-    embedding, and on the last, beside the head (arXiv:2407.21783, section 3.3.2)."""
-    if n_layers % virtual_stages == 0:
-        return None
-    most = (n_layers + 2) // virtual_stages
-    return (most - 1, *[most] * (virtual_stages - 2), most - 1)
+def layers_of(n_layers: int, degrees: dict[str, float]) -> tuple[int, ...] | None:
+    """Layers of each virtual stage, first to last; None where all are equal."""
+    virtual = int(degrees["pp"] * degrees["vpp"])
+    first, last = int(degrees["first_layers"]), int(degrees["last_layers"])
+    if first < 0:
+        if n_layers % virtual == 0:
+            return None
+        # one fewer beside the embedding and beside the head (`cost_model.jobs.counts`)
+        first = last = (n_layers + 2) // virtual - 1
+    inner = (n_layers - first - last) // max(virtual - 2, 1)
+    return (first, *[inner] * (virtual - 2), last)
 
 
 _AXES = ("pp", "dp", "ep", "cp", "tp")
@@ -189,7 +193,7 @@ def staged_plan(config: ModelConfig, choice: Choice, *, cluster: str, **fixed: A
         microbatches=count,
         schedule="interleaved" if chunks > 1 else "1f1b",
         chunks=chunks,
-        layers=layers_of(config.n_layers, int(d["pp"]) * chunks),
+        layers=layers_of(config.n_layers, d),
         estimate=estimate_of(found),
         lower_bound_s=found.lower_bound_s,
         remat="full",

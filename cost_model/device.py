@@ -106,6 +106,8 @@ class Device:
     """start of one kernel."""
     collective_latency_s: float
     """start of one collective, before any hop."""
+    overlapped_gathers: int
+    """1 where the compiler runs all-gathers of weights beside kernels, 0 where kernels wait."""
     cores: int
     """CPU cores that all devices share; 0 for accelerators."""
     idle_power_w: float | None
@@ -177,12 +179,15 @@ def parse_device(text: str, where: str) -> Device:
         )
     sources: dict[str, str] = {}
     values: dict[str, Any] = {}
+    words = {f.name for f in dataclasses.fields(Device) if f.type == "str"}
     for key, entry in raw.items():
         if key in ("peak_flops_per_s", "achievable_flops_per_s"):
             if not isinstance(entry, dict):
                 raise MeshwrightError(f"device file {where!r}: {key} needs one number per type")
             values[key] = {k: _number(where, f"{key}.{k}", v, sources) for k, v in entry.items()}
-        elif isinstance(entry, str):
+        elif key in words:
+            if not isinstance(entry, str):
+                raise MeshwrightError(f"device file {where!r}: {key} is {entry!r}; give a word")
             values[key] = entry
         else:
             values[key] = _number(where, key, entry, sources)
@@ -243,6 +248,7 @@ def _build(where: str, values: dict[str, Any], sources: dict[str, str]) -> Devic
     defaults |= dict(
         inter_node_efficiency=1.0, inter_slice_efficiency=1.0, in_network_reduction=1.0
     )
+    defaults["overlapped_gathers"] = 1
     defaults["hbm_available_bytes"] = values.get("hbm_capacity_bytes")
     known = {f.name: f for f in dataclasses.fields(Device) if f.name != "sources"}
     unknown = sorted(set(values) - set(known))

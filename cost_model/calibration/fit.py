@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,9 +98,19 @@ def read_profile(text: str, clock_hz: float) -> Profile:
     first, _, rest = text.partition("\n")
     if not first.startswith("# "):
         raise MeshwrightError("the profile has no version line; write it with meshwright profile")
+    try:
+        return _rows_of(first, csv.DictReader(rest.splitlines()), clock_hz)
+    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
+        raise MeshwrightError(
+            f"the profile has a row that is no measurement ({type(error).__name__}: {error}); "
+            "write it again with meshwright profile"
+        ) from error
+
+
+def _rows_of(first: str, raws: Iterable[dict[str, str]], clock_hz: float) -> Profile:
     versions = dict(part.split("=", 1) for part in first.split()[2:])
     rows, failed, unknown = [], 0, 0
-    for raw in csv.DictReader(rest.splitlines()):
+    for raw in raws:
         if raw["error"]:
             failed += 1
             continue

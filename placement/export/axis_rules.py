@@ -57,7 +57,7 @@ class LogicalAxisRules(Target):
             {"mesh": sizes, "rules": rules(sizes, sequence=layout.sequence_parallel)}, indent=1
         )
 
-    def read(self, text: str) -> JobLayout:
+    def parse(self, text: str) -> JobLayout:
         try:
             raw = json.loads(text)
             sizes = {axis: int(raw["mesh"][axis]) for axis in AXES}

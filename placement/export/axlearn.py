@@ -87,7 +87,7 @@ class AxLearn(Target):
             f"{listed},\n        ]),\n    ),\n)\n"
         )
 
-    def read(self, text: str) -> JobLayout:
+    def parse(self, text: str) -> JobLayout:
         shapes = re.findall(r"mesh_shape_from_axes\(([^)]*)\)", text)
         if not shapes:
             raise MeshwrightError("the text has no mesh_shape_from_axes(...); export it again")

@@ -13,5 +13,5 @@ class JsonLayout(Target):
     def write(self, layout: JobLayout) -> str:
         return to_json(layout)
 
-    def read(self, text: str) -> JobLayout:
+    def parse(self, text: str) -> JobLayout:
         return from_json(text)

@@ -73,10 +73,14 @@ class JobLayout:
         self.validate()
 
     def validate(self) -> None:
-        for name in ("n_devices", "n_slices", *_DEGREES):
+        for name in ("n_devices", "n_slices", "grad_accum", *_DEGREES):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise MeshwrightError(f"layout {name}={value!r} is not a whole number from 1 on")
+        for name, kind in (("seq_len", int), ("global_batch", int), ("micro_batch", int | float)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, kind) and value > 0):
+                raise MeshwrightError(f"layout {name}={value!r} is not a number above 0")
         if self.product() != self.n_devices:
             degrees = " · ".join(
                 f"{n} {getattr(self, n)}" for n in self.axes() if self.axes()[n] > 1
@@ -152,7 +156,7 @@ def layout_of_case(row: dict[str, str]) -> JobLayout:
     """
     if not row.get("n_devices"):
         raise MeshwrightError(f"case {row.get('case_id')!r} names no number of devices")
-    family = row["family"]
+    family = row.get("family") or ""
     own_expert = family.startswith(("maxtext", "NVIDIA JAX", "axlearn", "t5x"))
     data, fsdp = _whole(row, "dp"), _whole(row, "fsdp")
     titan = family.startswith(("torchtitan", "paper: Gemma"))
@@ -160,7 +164,7 @@ def layout_of_case(row: dict[str, str]) -> JobLayout:
         # These tables write the FSDP group as a part of the data ranks.
         if data % fsdp:
             raise MeshwrightError(
-                f"case {row['case_id']!r} has fsdp={fsdp}, which does not divide dp={data}"
+                f"case {row.get('case_id')!r} has fsdp={fsdp}, which does not divide dp={data}"
             )
         data //= fsdp
     megatron = not own_expert and not titan
@@ -172,7 +176,7 @@ def layout_of_case(row: dict[str, str]) -> JobLayout:
     micro = _float(row, "micro_batch_seqs")
     if micro is None and total is not None:
         micro = total / (data * fsdp * transpose * own * accumulation)
-    remat, detail = _remat(row.get("remat", ""))
+    remat, detail = _remat(row.get("remat") or "")
     return JobLayout(
         n_devices=_whole(row, "n_devices"),
         n_slices=_whole(row, "n_slices"),
@@ -206,7 +210,7 @@ def _whole(row: dict[str, str], key: str) -> int:
         raise MeshwrightError(
             f"case {row.get('case_id')!r} has {key}={text!r}; give one whole number"
         ) from None
-    if value < 1 or value != int(value):
+    if not 1 <= value < 2**53 or value != int(value):
         raise MeshwrightError(f"case {row.get('case_id')!r} has {key}={text!r}; give one from 1 on")
     return int(value)
 

@@ -62,7 +62,7 @@ class Levanter(Target):
         lines += ["model:", f"  gradient_checkpointing: {checkpointing}"]
         return "\n".join(lines) + "\n"
 
-    def read(self, text: str) -> JobLayout:
+    def parse(self, text: str) -> JobLayout:
         devices = re.search(r"# devices: (\d+)", text)
         try:
             raw = yaml.safe_load(text)

@@ -74,7 +74,7 @@ class MaxText(Target):
             lines.append(f"quantization: '{_PRECISION[layout.precision]}'")
         return "\n".join(lines) + "\n"
 
-    def read(self, text: str) -> JobLayout:
+    def parse(self, text: str) -> JobLayout:
         try:
             raw = yaml.safe_load(text)
         except yaml.YAMLError as error:

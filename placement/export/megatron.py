@@ -74,7 +74,7 @@ class Megatron(Target):
         run = f"torchrun --nnodes={nodes} --nproc_per_node={per_node} pretrain_gpt.py"
         return f"{run} \\\n  {joined}\n"
 
-    def read(self, text: str) -> JobLayout:
+    def parse(self, text: str) -> JobLayout:
         settings = _flags(text)
         n_devices = number(settings, "nnodes") * number(settings, "nproc_per_node")
         strategy = settings.get("data-parallel-sharding-strategy")

@@ -62,7 +62,7 @@ class NeMo(Target):
         lines.append(f"trainer.plugins.precision={_precision(layout.precision)}")
         return "nemo llm pretrain --factory RECIPE \\\n  " + " \\\n  ".join(lines) + "\n"
 
-    def read(self, text: str) -> JobLayout:
+    def parse(self, text: str) -> JobLayout:
         settings = {k: v.strip("'") for k, v in _SETTING.findall(text)}
         if "trainer.num_nodes" not in settings:
             raise MeshwrightError("the text has no trainer.num_nodes=; export it again")

@@ -49,12 +49,29 @@ class Target(abc.ABC):
         """The flags or file, as near to the layout as the target can come."""
 
     @abc.abstractmethod
+    def parse(self, text: str) -> JobLayout:
+        """The layout that a text of this target describes; may trip over any other text."""
+
     def read(self, text: str) -> JobLayout:
         """The layout that the text describes.
 
         Raises:
-            MeshwrightError: the text lacks what the target always says.
+            MeshwrightError: the text lacks what the target always says, or is of another kind.
         """
+        try:
+            return self.parse(text)
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            OverflowError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise MeshwrightError(
+                f"the text is not as {self.name} has it ({type(error).__name__}: {error}); "
+                "export it again"
+            ) from error
 
     def export(self, layout: JobLayout) -> Export:
         text = self.write(layout)

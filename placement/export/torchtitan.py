@@ -76,7 +76,7 @@ class TorchTitan(Target):
             lines.append('selective_ac_option = "op"')
         return "\n".join(lines) + "\n"
 
-    def read(self, text: str) -> JobLayout:
+    def parse(self, text: str) -> JobLayout:
         try:
             raw = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:

@@ -26,6 +26,9 @@ from graphs.errors import MeshwrightError
 
 _COLUMNS = ("instance", "timeout_s", "contest_winner", "contest_best", "lower_bound")
 
+_REQUIRED = ("timeout_s", "contest_winner", "contest_best")
+"""Numbers that every row has; the others may be empty."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
@@ -100,14 +103,29 @@ def _reference(path: Path) -> list[dict[str, str]]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-    except OSError as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MeshwrightError(
-            f"cannot read {path} ({error.strerror}); the folder needs a reference.csv"
+            f"cannot read {path} ({getattr(error, 'strerror', None) or 'no table'}); "
+            "the folder needs a reference.csv"
         ) from error
     missing = [c for c in _COLUMNS if not rows or c not in rows[0]]
     if missing:
         raise MeshwrightError(f"{path} lacks the column {missing[0]!r} or has no rows")
+    for line, row in enumerate(rows, 2):
+        for column in (*_COLUMNS[1:], "xla_production"):
+            text = row.get(column) or ("" if column in _REQUIRED else "0")
+            if not _is_amount(text):
+                raise MeshwrightError(
+                    f"{path}, line {line}: {column}={text!r} is not a number of at least 0"
+                )
     return rows
+
+
+def _is_amount(text: str) -> bool:
+    try:
+        return 0 <= float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def _run(folder: Path, row: dict[str, str], seed: int, time_fraction: float) -> Score:

@@ -1,0 +1,162 @@
+"""A trained policy: weights from a file, and what it proposes for a program on a cluster.
+
+The shipped weights are ``weights/policy.safetensors``; nothing in them is code. Inference is numpy
+on sparse matrices: no compilation, no accelerator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cost_model.cluster import Cluster
+from graphs.errors import MeshwrightError
+from placement.learned import forward
+from placement.learned.scoring import ranking
+
+if TYPE_CHECKING:
+    from graphs.groups import Grouping
+
+SHIPPED = "policy.safetensors"
+HIDDEN = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """What a policy says of K candidates."""
+
+    score: np.ndarray
+    """[K] best highest."""
+    fit: np.ndarray
+    """[K] logit of keeping the memory limit."""
+    value: np.ndarray
+    """[K] log of step time over the ideal one."""
+    features: np.ndarray
+    """[K, F] candidate features, by which the search tells how alike candidates are."""
+    ideal_s: float
+    """Seconds of the step's flops at peak on all devices."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Parameters of the network and what it is blind to."""
+
+    name: str
+    params: dict[str, np.ndarray] | None
+    """None for the uniform policy."""
+    edges: bool = True
+    mesh: bool = True
+    facts: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Provenance, as written at training."""
+
+    def propose(
+        self,
+        grouping: Grouping,
+        cluster: Cluster,
+        outers: Sequence[Any],
+        *,
+        tied: tuple[int, ...] | None = None,
+    ) -> Proposal:
+        """Scores of candidates (each with ``remat``, ``microbatches``, ``layout``).
+
+        grouping: the program with full rematerialisation and one microbatch, or the function given.
+        """
+        from scipy import sparse
+
+        from placement.learned.blinding import blinded
+        from placement.learned.candidates import candidates_of
+        from placement.learned.dataset import arrays_of
+        from placement.learned.features import observe
+        from placement.learned.program import program_of
+
+        seen = observe(grouping, cluster, program=program_of(grouping, tied))
+        found = candidates_of(seen, outers)
+        if self.params is None:
+            zero = np.zeros(len(outers))
+            return Proposal(
+                score=zero, fit=zero, value=zero, features=found.rows, ideal_s=seen.ideal_s
+            )
+        arrays = blinded(arrays_of(seen, found), edges=self.edges, mesh=self.mesh)
+        thin = dataclasses.replace(
+            arrays, relations=[sparse.csr_matrix(a) for a in arrays.relations]
+        )
+        states = forward.encode(self.params, thin, thin, np)
+        heads = forward.outer(self.params, states, thin, np)
+        return Proposal(
+            score=ranking(heads.preference, heads.fit),
+            fit=heads.fit,
+            value=heads.value,
+            features=arrays.rows,
+            ideal_s=seen.ideal_s,
+        )
+
+
+def load_policy(name: str = "learned", *, seed: int = 0) -> Policy:
+    """``learned`` (shipped), ``untrained``, ``uniform``, or the path of a weights file.
+
+    Raises MeshwrightError where the file is missing or does not fit this version's network.
+    """
+    if name == "uniform":
+        return Policy(name=name, params=None)
+    if name == "untrained":
+        return Policy(name=name, params=forward.initial(HIDDEN, seed))
+    if name == "learned":
+        folder = importlib.resources.files("placement.learned") / "weights"
+        return _read(str(folder / SHIPPED))
+    return _read(name)
+
+
+def _read(path: str) -> Policy:
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise MeshwrightError(
+            f"there are no policy weights at {path}; train some with meshwright train_policy"
+        )
+    return _cached(str(file), file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _cached(path: str, stamp: int) -> Policy:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            facts = dict(file.metadata() or {})
+            params = {k: file.get_tensor(k) for k in file.keys()}
+        wanted = forward.shapes(forward.hidden_of(params))
+    except (SafetensorError, OSError, KeyError) as error:
+        raise MeshwrightError(
+            f"{path} is no file of policy weights ({' '.join(str(error).split())[:100]}); "
+            "train some with meshwright train_policy"
+        ) from error
+    if {k: tuple(v.shape) for k, v in params.items()} != wanted:
+        raise MeshwrightError(
+            f"the weights in {path} are of another version of the network; "
+            "train again with meshwright train_policy"
+        )
+    config = json.loads(facts.get("config", "{}"))
+    return Policy(
+        name=pathlib.Path(path).stem,
+        params=params,
+        edges=config.get("edges", True),
+        mesh=config.get("mesh", True),
+        facts=facts,
+    )
+
+
+def save_weights(path: pathlib.Path, params: dict[str, np.ndarray], facts: dict[str, str]) -> None:
+    """Write a weights file, whole or not at all."""
+    from safetensors.numpy import save
+
+    from placement.compile_cache import write_atomically
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ordered = {k: np.ascontiguousarray(params[k], np.float32) for k in sorted(params)}
+    write_atomically(path, save(ordered, metadata=facts))

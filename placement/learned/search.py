@@ -1,0 +1,231 @@
+"""The learned search: the policy says which candidates to open, the engine completes them, the
+simulation judges.
+
+1. The policy scores every outer candidate at once. The best one is opened first; where time is
+   short, the cheapest to open among near-equals.
+2. Each result corrects what is believed of candidates alike (:mod:`placement.learned.surrogate`);
+   the next one is that with the greatest expected improvement. Those without any are never opened:
+   the value head prunes them.
+3. On the best candidates the engine is asked again under other prices of hideable communication.
+4. Then single decisions of the best plan are changed, judged by the simulation, while it improves.
+
+Deterministic for a seed; whenever it stops it holds the best plan so far.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from placement.learned.anytime import Curve, Recorder
+from placement.learned.instance import Instance, Outcome, Outer
+from placement.learned.policy import Policy, Proposal, load_policy
+from placement.learned.surrogate import Surrogate
+from placement.whole import REMAT
+
+NEAR = 0.3
+"""Scores this much below the best count as near-equal when time is short."""
+SHORT_S = 2.0
+EXPOSURES = (1.0, 0.1)
+"""Other shares of hideable communication charged, besides the instance's own."""
+WORTH = 2e-4
+"""Expected relative improvement below which no candidate is opened while others can be refined."""
+REFINED = 3
+"""Best candidates whose plans are refined."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found."""
+
+    curve: Curve
+    outcome: Outcome | None
+    """The best plan that fits."""
+    outer: Outer | None
+    opened: tuple[int, ...]
+    """Candidates opened, in order."""
+
+    @property
+    def trace(self) -> list[tuple[int, float, float]]:
+        """(evaluations, seconds, best step time) at each improvement."""
+        c = self.curve
+        return list(zip(c.evaluations, c.seconds, c.step_time_s))
+
+
+def plan_instance(
+    instance: Instance,
+    *,
+    max_evaluations: int,
+    time_limit_s: float,
+    seed: int = 0,
+    policy: str | Policy = "learned",
+) -> Found:
+    """Plan an instance within a budget.
+
+    policy: a Policy, or what :func:`placement.learned.policy.load_policy` takes. Raises
+    MeshwrightError where there are no such weights.
+    """
+    chosen = load_policy(policy, seed=seed) if isinstance(policy, str) else policy
+    proposal = chosen.propose(
+        instance.base, instance.cluster, instance.outers, tied=instance.tied(REMAT[0], 1)
+    )
+    search = _Search(instance, proposal, max_evaluations, time_limit_s, seed)
+    search.run()
+    recorder = search.recorder
+    return Found(
+        curve=recorder.curve(),
+        outcome=recorder.best,
+        outer=recorder.best_outer,
+        opened=tuple(search.opened),
+    )
+
+
+class _Search:
+    def __init__(
+        self,
+        instance: Instance,
+        proposal: Proposal,
+        max_evaluations: int,
+        time_limit_s: float,
+        seed: int,
+    ) -> None:
+        self.instance, self.proposal = instance, proposal
+        self.recorder = Recorder(
+            instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s
+        )
+        self.rng = np.random.default_rng(seed)
+        # ties, as all are under the uniform policy, are broken by the seed
+        self.score = proposal.score + 1e-9 * self.rng.random(len(proposal.score))
+        self.surrogate = Surrogate(proposal.value, proposal.fit, proposal.features)
+        self.opened: list[int] = []
+        self.closed = np.zeros(len(proposal.score), bool)
+        self.plans: dict[int, Outcome] = {}
+        self.tried: set[tuple[int, float]] = set()
+
+    def run(self) -> None:
+        recorder = self.recorder
+        while not recorder.over():
+            k = self._next()
+            if k is None and not self._again():
+                break
+            if k is not None:
+                self._open(k)
+                if len(self.opened) % 4 == 0:  # now and then another price for the best
+                    self._again()
+        self._refine()
+        while not recorder.over() and not self.closed.all():  # nothing else is left to try
+            left = np.where(self.closed, -np.inf, self.score)
+            self._open(int(left.argmax()))
+
+    def _next(self) -> int | None:
+        """The candidate to open; None where none is worth it."""
+        if self.closed.all():
+            return None
+        if not self.opened:
+            return self._first()
+        if self.recorder.best is None:
+            fit = self.surrogate.beliefs()[2]
+            score = self.score + 4.0 * (_log_sigmoid(fit) - _log_sigmoid(self.proposal.fit))
+            return int(np.where(self.closed, -np.inf, score).argmax())
+        best = math.log(self.recorder.best.step_time_s / self.proposal.ideal_s)
+        gain = np.where(self.closed, -np.inf, self.surrogate.improvement(best))
+        gain = gain + 1e-12 * self.score
+        k = int(gain.argmax())
+        return k if gain[k] > WORTH else None
+
+    def _first(self) -> int:
+        """The best score; in a hurry the fewest axes and the base program among near-equals."""
+        best = int(self.score.argmax())
+        if self.recorder.time_limit_s > SHORT_S or self.proposal.score.std() < 1e-12:
+            return best
+        near = np.flatnonzero(self.score >= self.score[best] - NEAR)
+        outers = self.instance.outers
+        base = (outers[0].remat, outers[0].microbatches)
+
+        def cost(k: int) -> tuple[Any, ...]:
+            o = outers[k]
+            traced = (o.remat, o.microbatches) != base
+            return (len(o.layout.mesh.axis_sizes), traced, -self.score[k])
+
+        return int(min(near, key=cost))
+
+    def _open(self, k: int) -> None:
+        outcome = self.instance.evaluate(self.instance.outers[k])
+        self.recorder.offer(self.instance.outers[k], outcome)
+        self.opened.append(k)
+        self.closed[k] = True
+        log_time = math.log(max(outcome.step_time_s, 1e-12) / self.proposal.ideal_s)
+        self.surrogate.add(k, log_time, outcome.fits)
+        if outcome.fits:
+            self.plans[k] = outcome
+
+    def _best(self) -> list[int]:
+        """Candidates by the step time of their best plan."""
+        return sorted(self.plans, key=lambda k: (self.plans[k].step_time_s, k))[:REFINED]
+
+    def _again(self) -> bool:
+        """One more completion of a best candidate at another exposure; whether there was one."""
+        for k in self._best():
+            for exposure in EXPOSURES:
+                if (k, exposure) in self.tried or self.recorder.over():
+                    continue
+                self.tried.add((k, exposure))
+                outer = self.instance.outers[k]
+                self._take(k, self.instance.evaluate(outer, exposure=exposure))
+                return True
+        return False
+
+    def _take(self, k: int, outcome: Outcome) -> bool:
+        """Judge a plan of candidate k; whether it is its best."""
+        self.recorder.offer(self.instance.outers[k], outcome)
+        better = outcome.fits and outcome.step_time_s < self.plans[k].step_time_s * (1 - 1e-9)
+        if better:
+            self.plans[k] = outcome
+        return better
+
+    def _refine(self) -> None:
+        """Change single decisions of the best plans, nodes in random order, while it helps."""
+        for k in self._best():
+            outer = self.instance.outers[k]
+            sizes = self.instance.tables(outer).problem.n_strategies()
+            improved = True
+            while improved and not self.recorder.over():
+                improved = False
+                for node in self.rng.permutation(np.flatnonzero(sizes > 1)):
+                    if self.recorder.over():
+                        return
+                    improved |= self._move(k, outer, int(node), int(sizes[node]))
+
+    def _move(self, k: int, outer: Outer, node: int, size: int) -> bool:
+        """A few other choices of one node, those next in price first."""
+        choices = self.plans[k].choices
+        order = self._prices(outer, choices, node)
+        for pick in order[:4]:
+            if self.recorder.over():
+                return False
+            changed = choices.copy()
+            changed[node] = pick
+            if self._take(k, self.instance.judge(outer, changed)):
+                return True
+        return False
+
+    def _prices(self, outer: Outer, choices: np.ndarray, node: int) -> np.ndarray:
+        """Other choices of a node, cheapest first by the tables with all else as it is."""
+        p = self.instance.tables(outer).problem
+        price = p.node_costs[p.strategy_offsets[node] : p.strategy_offsets[node + 1]].copy()
+        sizes = p.n_strategies()
+        at = (p.edge_nodes[:, 0] == node) | (p.edge_nodes[:, 1] == node)
+        for e in np.flatnonzero(at):
+            i, j = p.edge_nodes[e]
+            table = p.edge_costs[p.edge_offsets[e] : p.edge_offsets[e + 1]]
+            table = table.reshape(sizes[i], sizes[j])
+            price += table[:, choices[j]] if i == node else table[choices[i]]
+        order = np.argsort(price, kind="stable")
+        return order[order != choices[node]]
+
+
+def _log_sigmoid(x: np.ndarray) -> np.ndarray:
+    return -np.logaddexp(0.0, -x)

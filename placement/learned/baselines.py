@@ -4,9 +4,10 @@ Optimizers that work by scoring plans (random, annealing, evolution, tree search
 candidate and a short plan (:mod:`placement.learned.encoding`), completed cheaply; ``random_nodes``
 draws an outer candidate and a choice for every node instead, the raw encoding. ``heuristic`` opens
 candidates in the product's order and completes each by one greedy sweep. ``engine`` and
-``engine_random`` complete every candidate near-optimally by message passing, in the product's order
-and in a random one. ``rules`` are the hand-tuned rules as experts use them: each rule on every mesh
-of its kind, every rematerialisation, the fewest microbatches that fit.
+``engine_random`` complete every candidate by message passing, at both of the product's shares of
+exposed communication, in the product's order and in a random one. ``rules`` are the hand-tuned rules
+as experts use them: each rule on every mesh of its kind, every rematerialisation, the fewest
+microbatches that fit.
 
 Each takes an instance, a budget and a seed and returns the curve of its best plan. For one seed the
 random orders of outer candidates are the same in all optimizers, so that luck with candidates does
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from placement.api import EXPOSURES
 from placement.learned.anytime import Curve, Recorder
 from placement.learned.encoding import (
     CHOICES_OF_AXIS,
@@ -235,9 +237,9 @@ def engine(instance: Instance, *, max_evaluations: int, time_limit_s: float, see
     """Candidates in the product's order, each completed by message passing."""
     recorder = Recorder(instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s)
     for outer in product_order(instance, recorder):
+        _complete(instance, recorder, outer)
         if recorder.over():
             break
-        recorder.offer(outer, instance.evaluate(outer))
     return recorder.curve()
 
 
@@ -247,10 +249,17 @@ def engine_random(
     """Candidates in random order, each completed by message passing."""
     recorder = Recorder(instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s)
     for index in outer_order(instance, seed):
+        _complete(instance, recorder, instance.outers[index])
         if recorder.over():
             break
-        recorder.offer(instance.outers[index], instance.evaluate(instance.outers[index]))
     return recorder.curve()
+
+
+def _complete(instance: Instance, recorder: Recorder, outer: Outer) -> None:
+    """By message passing, at each exposure that the product tries."""
+    for exposure in EXPOSURES:
+        if not recorder.over():
+            recorder.offer(outer, instance.evaluate(outer, exposure=exposure))
 
 
 def product_order(instance: Instance, recorder: Recorder) -> Iterator[Outer]:

@@ -31,11 +31,10 @@ from placement.learned.anytime import Curve
 from placement.learned.problems import SPLITS, PlanningProblem, load_split
 
 EVALUATION_SPLITS = tuple(s for s in SPLITS if s != "train")
-EVALUATIONS = (1, 16, 64, 256, 1024, 4096)
-SECONDS = (0.1, 1.0, 10.0)
+
+
 NO_LIMIT = 1 << 30
 _LONGEST_S = 600.0
-_ALL = 10_000
 
 
 def evaluate(
@@ -76,7 +75,7 @@ def evaluate(
     Returns:
       0.
     """
-    from placement.learned import heldout_report
+    from placement.learned import heldout_page, heldout_report
     from placement.learned.baselines import BASELINES
 
     folder = pathlib.Path(out)
@@ -108,8 +107,9 @@ def evaluate(
     targets = [folder] + ([pathlib.Path(results)] if results else [])
     for target in targets:
         heldout_report.write(target, rows)
+    command = f"meshwright evaluate suite=heldout out={out} document={document}"
     if document:
-        heldout_report.write_document(pathlib.Path(document), rows)
+        heldout_page.write_page(pathlib.Path(document), rows, command)
     return 0
 
 

@@ -1,0 +1,185 @@
+"""The page about the learned optimizer: what was trained on what, and what the numbers say."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cost_model.cluster import parse_cluster
+from placement.compile_cache import write_atomically
+from placement.learned import outcomes
+from placement.learned.contenders import HURRIED, LEARNED, UNIFORM, UNTRAINED
+from placement.learned.heldout_report import EVALUATIONS, SECONDS, policies, table
+from placement.learned.heldout_summary import RESAMPLES, TEN, Runs
+from placement.learned.heldout_targets import targets
+from placement.learned.problems import SPLITS, VERSION, load_split
+
+_INTRO = """# The learned optimizer
+
+Written by `{command}`.
+
+`optimizer=learned` plans a whole job in one SPMD program: a graph network reads the traced program,
+the cluster and the batch, and ranks all *outer candidates* (rematerialisation, microbatches, mesh);
+the best are opened, message passing completes each, the schedule simulation judges, and what is
+learned from each result decides which is opened next.
+"""
+
+_METHOD = """## How it is judged
+
+One run records the best plan against evaluations and against seconds. An evaluation is one complete
+plan scored by the simulation; message passing and exact solves score none and are compared by the
+clock. Seconds are processor seconds of one process, tracing and tables included; work that several
+runs share is charged to each. *Ratio* is the step time over that of the best plan any run found
+(`engine` opens every candidate, so this is at least the best near-optimal completion of the whole
+outer space). A run without a fitting plan counts as {ten:g}; "found" says how many had one where not
+all had. Geometric means over seeds, then problems; in brackets 95 % bootstrap intervals ({resamples}
+resamples of problems and seeds). The space has meshes of up to {axes} axes.
+
+| optimizer | what it is |
+|---|---|
+| learned | the shipped policy; learned_1s knows that it has one second |
+| untrained, uniform | the same search with random weights, with no preference |
+| engine, engine_random | message passing under candidates in the product's order, in random order |
+| evolution, annealing, tree_search, random | score short plans, completed by single changes |
+| random_nodes | a random choice for every node |
+| heuristic | one greedy sweep under candidates in the product's order |
+| rules | nine hand-tuned rules, each on every mesh of its kind and every rematerialisation |
+"""
+
+
+def write_page(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], command: str) -> None:
+    """Write the page."""
+    runs = Runs(rows)
+    axes = max(int(r["max_axes"]) for r in rows)
+    parts = [
+        _INTRO.format(command=command),
+        _problems(),
+        _weights(),
+        _METHOD.format(ten=TEN, resamples=RESAMPLES, axes=axes),
+        _pictures(),
+        _targets(runs),
+        _tables(runs),
+        _ablations(runs),
+    ]
+    write_atomically(path, ("\n".join(p for p in parts if p).rstrip() + "\n").encode())
+
+
+def _grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [list(head), ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(map(str, r)) + " |" for r in rows) + "\n"
+
+
+def _problems() -> str:
+    lines = []
+    for split in SPLITS:
+        problems = load_split(split)
+        families = Counter(p.family for p in problems)
+        devices = Counter(parse_cluster(p.cluster).device.name for p in problems)
+        sizes = [parse_cluster(p.cluster).n_devices for p in problems]
+        limited = sum(p.global_batch < n for p, n in zip(problems, sizes))
+        lines.append(
+            [split, str(len(problems)), _counts(families), _counts(devices),
+             f"{min(sizes):,} to {max(sizes):,}", f"{limited}"]
+        )  # fmt: skip
+    head = (
+        "split",
+        "problems",
+        "families",
+        "devices",
+        "cluster sizes",
+        "fewer sequences than devices",
+    )
+    return (
+        f"## Problems ({VERSION})\n\nArchitectures of the zoo and random ones around them, batches "
+        "limited, tight in memory, or roomy; nothing held out occurs in train or validation.\n\n"
+        + _grid(head, lines)
+    )
+
+
+def _counts(counter: Counter) -> str:
+    return ", ".join(f"{k} {n}" for k, n in counter.most_common())
+
+
+def _weights() -> str:
+    from graphs.errors import MeshwrightError
+    from placement.learned.policy import load_policy
+
+    try:
+        policy = load_policy(LEARNED)
+    except MeshwrightError as error:
+        return f"## Training\n\n{error}\n"
+    assert policy.params is not None
+    count = sum(v.size for v in policy.params.values())
+    n_outcomes = [len(outcomes.load(p).index) for p in load_split("train") if _there(p)]
+    text = f"## Training\n\nThe shipped policy has {count:,} parameters."
+    if n_outcomes:
+        text += (
+            f" It learned from {sum(n_outcomes):,} judged candidates of {len(n_outcomes)} problems."
+        )
+    config = json.loads(policy.facts.get("config", "{}"))
+    facts = {k: v for k, v in policy.facts.items() if k != "config"} | config
+    lines = [[k, str(v)] for k, v in sorted(facts.items()) if len(str(v)) < 120]
+    return text + "\n\n" + _grid(("fact", "value"), lines)
+
+
+def _there(problem) -> bool:
+    return outcomes.path_of(problem).exists()
+
+
+def _pictures() -> str:
+    folder = "../benchmarks/results/learned"
+    return (
+        "## Best plan against evaluations and seconds\n\n"
+        f"![against evaluations]({folder}/evaluations.png)\n\n"
+        f"![against processor seconds]({folder}/seconds.png)\n"
+    )
+
+
+def _targets(runs: Runs) -> str:
+    parts = []
+    for name in policies(runs):
+        if name != LEARNED and not name.startswith("seed"):
+            continue
+        lines = [
+            [t.text, t.measured, {True: "met", False: "**missed**", None: "not measured"}[t.met]]
+            for t in targets(runs, name)
+        ]
+        if lines:
+            title = "Targets" if name == LEARNED else f"Targets, policy {name}"
+            parts.append(f"## {title}\n\n" + _grid(("on held-out problems", "measured", ""), lines))
+    return "\n".join(parts)
+
+
+def _tables(runs: Runs) -> str:
+    order = [LEARNED, HURRIED, UNTRAINED, UNIFORM, "engine", "engine_random", "evolution",
+             "annealing", "tree_search", "random", "random_nodes", "heuristic", "rules"]  # fmt: skip
+    parts = []
+    for split in (*runs.splits, None):
+        n = len(runs.of_split(split))
+        title = split or "all splits"
+        by_count = table(
+            runs,
+            "evaluations",
+            EVALUATIONS,
+            [o for o in order if o not in (HURRIED, "rules")],
+            split,
+        )
+        by_clock = table(runs, "seconds", SECONDS, order, split)
+        parts.append(
+            f"## {title}: {n} problems\n\n"
+            + _grid(("ratio at evaluations", *map("{:,}".format, EVALUATIONS)), by_count)
+            + "\n"
+            + _grid(("ratio at seconds", *map("{:g}".format, SECONDS)), by_clock)
+        )
+    return "\n".join(parts)
+
+
+def _ablations(runs: Runs) -> str:
+    names = [n for n in policies(runs) if n != LEARNED]
+    if not names:
+        return ""
+    lines = table(runs, "evaluations", (1, 16, 64), [LEARNED, *names, UNTRAINED, UNIFORM], None)
+    return "## Other policies\n\n" + _grid(("ratio at evaluations", "1", "16", "64"), lines)

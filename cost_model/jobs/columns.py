@@ -123,6 +123,10 @@ class Jobs:
     """1: host and device wait for each other at every layer."""
     caching_allocator: np.ndarray
     """1: freed memory is cached and flushed when memory runs short."""
+    expandable_segments: np.ndarray
+    """1: that cache maps memory where it is needed, so that it does not fragment."""
+    fused_loss: np.ndarray
+    """1: the loss's gradient takes the place of the logits, in their type."""
     fused_experts: np.ndarray
     """1: grouped matmuls are fused with activation, quantisation and permutation."""
     expert_tp: np.ndarray

@@ -21,6 +21,10 @@ from cost_model.jobs import counts, layer
 from cost_model.jobs.columns import SCHEDULES, Jobs
 from cost_model.jobs.constants import Constants
 
+_FUSED_LOSS = 4.0
+"""bytes alive per logit: bf16, and a copy while it is read."""
+_EXPANDABLE = 1.01
+"""peak over the live bytes where nothing fragments, as for buffers packed ahead of time."""
 GPIPE, ZERO_BUBBLE_H2 = SCHEDULES.index("gpipe"), SCHEDULES.index("zero_bubble_h2")
 
 
@@ -115,7 +119,9 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
         gathered, ahead * (2.0 + jobs.grad_bytes / 2) * (dense + experts), 0.0
     )
     working = working + layer.tokens(jobs) * jobs.d_model * 2.0 * 2.0
-    logits = layer.tokens(jobs) * jobs.vocab / jobs.tp * constants.of("logit_bytes", family)
+    logit_bytes = constants.of("logit_bytes", family)
+    logit_bytes = np.where(jobs.fused_loss > 0, np.minimum(_FUSED_LOSS, logit_bytes), logit_bytes)
+    logits = layer.tokens(jobs) * jobs.vocab / jobs.tp * logit_bytes
     alone = jobs.pp <= 1
     act_first, act_last = kept * first * flight, kept * np.where(alone, middle, last)
     act_last = act_last * np.where(gpipe & ~alone, m, 1.0)
@@ -135,6 +141,7 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     second = np.where((jobs.first_layers >= 0) & (jobs.pp > 2), second + working, 0.0)
     peak = np.maximum(peak, second)
     slack = constants.of("allocator_share", family)
+    slack = np.where(jobs.expandable_segments > 0, np.minimum(slack, _EXPANDABLE), slack)
     context = constants.of("context_bytes", family)
     return Memory(
         peak_bytes=peak * slack + context,

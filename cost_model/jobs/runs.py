@@ -363,7 +363,7 @@ def _record(
                 "fused_attention compiled tp_overlap dp_overlap grad_bytes grad_store_bytes "
                 "weight_bytes master_bytes cuda_graphs attention_speed engine_sync fp32_pointwise "
                 "staged_network caching_allocator fused_experts skips_last "
-                "expert_tp"
+                "expert_tp expandable_segments fused_loss"
             ).split()
         },
     }

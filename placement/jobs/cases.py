@@ -80,7 +80,19 @@ def read_cases(path: str | pathlib.Path | None) -> list[Case]:
 def _case(line: int, row: dict[str, str]) -> Case:
     raw, reason = _as_run(row)
     run, faults = read_row(line, raw)
+    run = _with_partial_remat(run, row.get("remat", ""))
     check = row.get("mesh_check", "")
+    notes = [run.reason] if run.reason else []
+    if not row.get("seq_len") and raw["seq_len"]:
+        notes.append(f"assumed: seq_len {raw['seq_len']}, the default that its recipe starts from")
+    if check.startswith("dp*") and raw["dp"] and "." not in raw["dp"]:
+        # the degrees that place a model are right; the printed dp is left out, as in measured_runs
+        notes.append(
+            f"assumed: dp {raw['dp']}, for the printed one does not multiply to the devices"
+        )
+        check = ""
+    if run.record is not None:
+        run = dataclasses.replace(run, reason="; ".join(notes))
     if (check and not check.startswith("ok")) or "INFEASIBLE" in check:
         reason = f"the row's own mesh check fails: {check}"
     elif faults:
@@ -95,6 +107,18 @@ def _case(line: int, row: dict[str, str]) -> Case:
     )
 
 
+def _with_partial_remat(run: Run, text: str) -> Run:
+    """Full recomputation of some layers: `full on N layers` of each chunk of a stage (Megatron-LM,
+    recompute_method block) is that share of every part."""
+    counted = re.match(r"full on (\d+) layers", text)
+    if counted is None or run.record is None:
+        return run
+    record = run.record
+    share = min(float(counted[1]) * record["pp"] * record["vpp"] / record["n_layers"], 1.0)
+    parts = {name: share for name in record if name.startswith("remat_")}
+    return dataclasses.replace(run, record={**record, **parts})
+
+
 def _match(table: tuple[tuple[str, str], ...], text: str) -> str:
     return next((name for pattern, name in table if re.search(pattern, text.lower())), "")
 
@@ -103,8 +127,9 @@ def _as_run(row: dict[str, str]) -> tuple[dict[str, str], str]:
     """The row with the columns of a runs file, and why it cannot be one."""
 
     def number(name: str) -> float | None:
+        # "64 (0)" states the configuration of two results; the first is reported first
         try:
-            return float(row.get(name, "")) or None
+            return float(re.sub(r" \(.*\)$", "", row.get(name, ""))) or None
         except ValueError:
             return None
 
@@ -118,19 +143,19 @@ def _as_run(row: dict[str, str]) -> tuple[dict[str, str], str]:
     tp, pp, cp = (number(name) or 1.0 for name in ("tp", "pp", "cp"))
     family = f"{row.get('family', '')} {row.get('source', '')}"
     dp = devices / (tp * pp * cp) if devices else None
-    seq = number("seq_len")
+    seq = number("seq_len") or _default_seq_len(row)
     batch = number("global_batch_seqs")
     per_device = number("per_device_batch_seqs")
     if batch is None and per_device and devices:
         batch = per_device * devices
+    megatron = re.search("Megatron|NeMo|Korthikanti|DeepSeek", family) is not None
     micro = number("micro_batch_seqs")
     if micro is None and pp > 1:
         micro = 1.0
-    if micro is None and batch and dp:
+    if micro is None and batch and dp and (number("grad_accum") or not megatron):
         micro = batch / dp / (number("grad_accum") or 1.0)
     remat = row.get("remat", "")
     sharded = (number("fsdp") or 1.0) * (number("fsdp_transpose") or 1.0)
-    megatron = re.search("Megatron|NeMo|Korthikanti|DeepSeek", family) is not None
     experts = number("ep") or 1.0
     if not megatron:
         sharded *= experts if row.get("ep") else 1.0
@@ -162,7 +187,15 @@ def _as_run(row: dict[str, str]) -> tuple[dict[str, str], str]:
         "ep": text(experts),
         "recompute": _remat_class(remat),
         "dtype": _match(_PRECISION, row.get("precision", "")) or "bf16",
-        "notes": "; ".join((f"{text(slices)} slices", container, remat, row.get("notes", ""))),
+        "notes": "; ".join(
+            (
+                f"{text(slices)} slices",
+                container,
+                remat,
+                row.get("notes", ""),
+                "head_dim 256" if shape is _CUSTOM_MOE_700B else "",
+            )
+        ),
         **_measured(row.get("result_reported", "")),
         **shape,
     }
@@ -195,6 +228,28 @@ def _measured(text: str) -> dict[str, str]:
     return {}
 
 
+_SEQ_LEN = (
+    # (family, model) of a recipe that sets no sequence length, and that of what it starts from:
+    # github:NVIDIA-NeMo/Megatron-Bridge@067f987d docs/performance-summary.md, whose runs are of these
+    # recipes; github:AI-Hypercomputer/maxtext base.yml, max_target_length
+    (r"Megatron-Bridge recipe", r"llama3_", 8192.0),
+    (r"Megatron-Bridge recipe", r"deepseek_v3|gpt_oss", 4096.0),
+    (r"^maxtext$", r"maxtext 22B", 2048.0),
+)
+
+
+def _default_seq_len(row: dict[str, str]) -> float | None:
+    for family, model, tokens in _SEQ_LEN:
+        if re.search(family, row.get("family", "")) and re.search(model, row["model"]):
+            return tokens
+    return None
+
+
+_CUSTOM_MOE_700B = {
+    # github:AI-Hypercomputer/maxtext benchmarks/maxtext_trillium_model_configs.py, custom_moe_700b
+    "n_layers": "56", "d_model": "8192", "n_heads": "128", "n_kv_heads": "8", "d_ff": "32768",
+    "vocab": "32000", "gated_mlp": "True", "n_experts": "16", "experts_per_token": "2",
+}  # fmt: skip
 _MAXTEXT_DEFAULT = {
     # github:AI-Hypercomputer/maxtext@04262f3cf base.yml times global_parameter_scale:
     # layers, width, heads, MLP width
@@ -210,6 +265,8 @@ _MAXTEXT_DEFAULT = {
 
 def _shape(model: str) -> dict[str, str]:
     """Dimensions that a case's model name itself states."""
+    if model == "custom 700B MoE":
+        return _CUSTOM_MOE_700B
     default = re.search(r"maxtext default (\d+B)", model)
     if default and default[1] in _MAXTEXT_DEFAULT:
         layers, width, heads, d_ff = _MAXTEXT_DEFAULT[default[1]]

@@ -48,8 +48,13 @@ class Curve:
     @classmethod
     def from_json(cls, text: str) -> Curve:
         data = json.loads(text)
-        names = [f.name for f in dataclasses.fields(cls)]
-        return cls(**{k: tuple(v) if isinstance(v := data[k], list) else v for k in names})
+        return cls(
+            evaluations=tuple(data["evaluations"]),
+            seconds=tuple(data["seconds"]),
+            step_time_s=tuple(data["step_time_s"]),
+            total_evaluations=int(data["total_evaluations"]),
+            total_seconds=float(data["total_seconds"]),
+        )
 
 
 class Recorder:

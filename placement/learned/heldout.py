@@ -137,16 +137,16 @@ def _in_turn(splits: Sequence[str], count: int) -> Iterator[tuple[PlanningProble
 
 def _missing(folder, problem, names, seeds, evaluations, deep_seeds, deep_evaluations):
     """(optimizer, seed, evaluations) of runs without a row, those that fill the store first."""
-    from placement.learned.baselines import SCORING, SEEDED
+    from placement.learned.baselines import BASELINES, SCORING, SEEDED
+    from placement.learned.contenders import HURRIED, LEARNED
 
     for name in sorted(names, key=lambda n: n != "engine"):
-        budget = NO_LIMIT if name in ("engine", "rules") else evaluations
-        fixed = name not in SEEDED and name in (*SCORING, "engine", "rules")
-        for seed in range(1 if fixed else seeds):
-            if name in SEEDED and name in SCORING and seed < deep_seeds:
-                budget = deep_evaluations
-            else:
-                budget = NO_LIMIT if name in ("engine", "rules") else evaluations
+        fixed = name in BASELINES and name not in SEEDED
+        deepens = name == LEARNED or (name in SCORING and name in SEEDED)
+        for seed in range(1 if fixed or name == HURRIED else seeds):
+            budget = deep_evaluations if deepens and seed < deep_seeds else evaluations
+            if name in ("engine", "rules"):
+                budget = NO_LIMIT
             path = _path(folder, problem.name, name, seed)
             if path.exists():
                 row = json.loads(path.read_text(encoding="utf-8"))

@@ -39,7 +39,7 @@ def write(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     _csv(folder / "runs.csv", _run_rows(runs))
     _csv(folder / "summary.csv", summary_rows(runs))
     if found := [
-        dict(policy=name, target=t.text, measured=t.measured, met={None: ""}.get(t.met, t.met))
+        dict(policy=name, target=t.text, measured=t.measured, met="" if t.met is None else t.met)
         for name in policies(runs)
         for t in targets(runs, name)
     ]:

@@ -53,19 +53,7 @@ def devices_for(cluster: Any, processes: Processes | None) -> list[Any]:
         os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
-    if processes is not None:
-        try:
-            jax.distributed.initialize(
-                coordinator_address=processes.coordinator,
-                num_processes=processes.count,
-                process_id=processes.index,
-            )
-        except (ValueError, RuntimeError) as error:
-            first = " ".join(str(error).split())[:200]
-            raise MeshwrightError(
-                f"the processes of this job did not meet ({first}); give coordinator=host:port, "
-                "processes= and process="
-            ) from error
+    join(processes)
     try:
         found = jax.devices()
     except RuntimeError as error:
@@ -76,6 +64,29 @@ def devices_for(cluster: Any, processes: Processes | None) -> list[Any]:
     if of_host and processes is None:
         found = found[: cluster.n_devices]
     return list(found)
+
+
+def join(processes: Processes | None) -> None:
+    """Meet the other processes of the job; nothing to do for a job of one.
+
+    Raises MeshwrightError where they do not meet.
+    """
+    if processes is None:
+        return
+    import jax
+
+    try:
+        jax.distributed.initialize(
+            coordinator_address=processes.coordinator,
+            num_processes=processes.count,
+            process_id=processes.index,
+        )
+    except (ValueError, RuntimeError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise MeshwrightError(
+            f"the processes of this job did not meet ({first}); give coordinator=host:port, "
+            "processes= and process="
+        ) from error
 
 
 def _number(key: str, given: int | None, variable: str) -> int | None:

@@ -15,7 +15,7 @@ OBJECTIVES = ("time", "memory", "energy", "carbon", "cost")
 MEMORY_RESERVE = 0.06
 """Share of device memory kept free for the runtime and fragmentation."""
 LEARNED = "learned"
-"""Name of the learned optimizer; until a policy is shipped it is the search, and says so."""
+"""Name of the learned optimizer: the policy orders the meshes, the engine completes each."""
 EXPOSURES = (0.3, 1.0)
 """Shares of hideable communication at which tables are priced; the simulation judges the results."""
 
@@ -49,7 +49,8 @@ def optimize(
       abstract_args: its arguments, pytrees of arrays or ``jax.ShapeDtypeStruct``.
       cluster: notation, ``v5e:16x16``, ``4*v5e:16x16``, ``h100:8x64``, ``cpu:8``.
       objective: what the plan minimises: time | memory | energy | carbon | cost.
-      optimizer: one of :func:`optimizers`; ``learned`` falls back to ``search`` with a warning.
+      optimizer: one of :func:`optimizers`, or ``learned``: the trained policy says in which order
+        meshes are searched; without its weights it is ``search``, with a warning.
       mesh_shape: pins the mesh, axis name -> size; None searches it, or takes the one that the
         function's own sharding constraints name.
       donate_argnums: arguments whose memory the results take: the training state.
@@ -77,9 +78,13 @@ def optimize(
             f"unknown objective {objective!r}; use one of {', '.join(OBJECTIVES)}"
         )
     notes: tuple[str, ...] = ()
+    policy = None
     if optimizer == LEARNED:
+        from placement.learned.advice import shipped_policy
+
         optimizer = "search"
-        notes = ("no trained policy is shipped yet: optimizer=learned planned with search",)
+        policy, why_not = shipped_policy()
+        notes = () if policy else (why_not,)
     if optimizer not in OPTIMIZERS:
         raise MeshwrightError(
             f"unknown optimizer {optimizer!r}; use one of {', '.join(OPTIMIZERS)}"
@@ -101,6 +106,7 @@ def optimize(
         deadline=start + time_limit_s,
         max_evaluations=max_evaluations,
         seed=seed,
+        policy=policy,
     )
     search.run()
     plan = search.plan(train_step, abstract_args, donated, start)
@@ -137,14 +143,14 @@ class _Search:
     """Outer search over meshes; the optimizer solves each, the simulation judges."""
 
     def __init__(
-        self, *, grouping, layouts, optimizer, objective, deadline, max_evaluations, seed
+        self, *, grouping, layouts, optimizer, objective, deadline, max_evaluations, seed, policy
     ) -> None:
         from graphs.fold import fold
 
         self.grouping, self.layouts = grouping, layouts
         self.optimizer, self.objective = optimizer, objective
         self.deadline, self.max_evaluations, self.seed = deadline, max_evaluations, seed
-        self.tied = fold(grouping)
+        self.policy, self.tied = policy, fold(grouping)
         device = layouts[0].cluster.device
         self.limit = device.hbm_available_bytes * (1.0 - MEMORY_RESERVE)
         self.candidates: list[_Candidate] = []
@@ -154,12 +160,19 @@ class _Search:
         self.memo: dict[tuple, float] = {}
 
     def run(self) -> None:
-        order = _promising_first(self.layouts)
+        order = self._order()
         for n, layout in enumerate(order):
             if self._expired() and self.candidates:
                 self.skipped = len(order) - n
                 break
             self._solve_layout(layout, len(order) - n)
+
+    def _order(self):
+        if self.policy is None:
+            return _promising_first(self.layouts)
+        from placement.learned.advice import order_layouts
+
+        return order_layouts(self.policy, self.grouping, self.layouts, self.tied)
 
     def _expired(self) -> bool:
         spent = self.max_evaluations is not None and self.evaluations >= self.max_evaluations
@@ -216,7 +229,7 @@ class _Search:
                 layout=layout,
                 simulator=simulator,
                 choices=found.choices,
-                optimizer=self.optimizer,
+                optimizer=self.optimizer if self.policy is None else LEARNED,
                 step_time_s=float(step),
                 memory_bytes=memory,
                 score=self._score(float(step), float(compute), memory, layout),

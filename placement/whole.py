@@ -8,6 +8,8 @@ simulation judges all of them:
 2. On the best meshes found, lighter rematerialisation is tried (it saves recomputation where memory
    allows) and, where nothing fits yet, more microbatches (they divide the live activations).
 
+With ``optimizer="learned"`` the trained policy says instead in which order the combinations are tried.
+
 Whether stages pay is asked of the whole-job model (:mod:`placement.pipeline.choose`), which scores the
 best pipelined job and the best one without stages by the same rules; where the pipelined one wins, or
 nothing else fits, the plan has a ``stage`` axis, and :func:`build` makes its pipelined step. Seconds of
@@ -27,6 +29,8 @@ REMAT = ("full", "attention", "dots", "none")
 """Policies of the zoo's train steps, least memory first."""
 MICROBATCHES = (1, 2, 4, 8, 16)
 _MESHES = 2
+_MARGIN = 0.15
+"""Combinations expected to be this much slower (in logs) than a found one are not tried."""
 
 
 def optimize_model(
@@ -91,16 +95,8 @@ def optimize_model(
         deadline=start + time_limit_s,
     )
     policies = (remat,) if remat else REMAT
-    for count in counts:
-        plan = trial.plan(policies[0], count, share=0.5)
-        if _fits(plan):
-            break
-    meshes = _best_meshes(plan) if options.get("mesh_shape") is None else [None]
-    if _fits(plan):
-        for policy in policies[1:]:
-            for shape in meshes:
-                if time.monotonic() < trial.deadline:
-                    trial.plan(policy, count, share=0.2, mesh_shape=shape)
+    if not (options.get("optimizer") == "learned" and trial.as_advised(policies, counts)):
+        trial.by_hand(policies, counts)
     best = trial.best()
     if throw and not _fits(best):
         raise InfeasibleError(best.status)
@@ -213,6 +209,43 @@ class _Trials:
         plan = dataclasses.replace(plan, program=program)
         self.plans.append(plan)
         return plan
+
+    def by_hand(self, policies, counts) -> None:
+        """Least memory first, then lighter rematerialisation on the best meshes."""
+        for count in counts:
+            plan = self.plan(policies[0], count, share=0.5)
+            if _fits(plan):
+                break
+        meshes = _best_meshes(plan) if self.options.get("mesh_shape") is None else [None]
+        if _fits(plan):
+            for policy in policies[1:]:
+                for shape in meshes:
+                    if time.monotonic() < self.deadline:
+                        self.plan(policy, count, share=0.2, mesh_shape=shape)
+
+    def as_advised(self, policies, counts) -> bool:
+        """The combinations that the trained policy prefers, until none is expected to be better;
+        whether anything that fits was found (without weights nothing is tried)."""
+        from graphs.zoo import build_train_step
+        from placement.learned.advice import advised_variants
+
+        step, args, donated = build_train_step(
+            self.config, **dict(self.fixed, remat=REMAT[0], microbatches=1)
+        )
+        variants = [(policy, count) for policy in policies for count in counts]
+        advised = advised_variants(
+            (step, args, donated), self.cluster, variants, self.options.get("mesh_shape"),
+            self.options.get("max_axes", 2),
+        )  # fmt: skip
+        best: float | None = None
+        for n, variant in enumerate(advised):
+            late = time.monotonic() >= self.deadline
+            if self.plans and (late or (best is not None and variant.log_time > best + _MARGIN)):
+                break
+            plan = self.plan(variant.remat, variant.microbatches, share=0.5 if n else 0.6)
+            if _fits(plan) and (best is None or variant.log_time < best):
+                best = variant.log_time
+        return any(map(_fits, self.plans))
 
     def best(self):
         score: Callable = lambda p: (  # noqa: E731

@@ -30,7 +30,8 @@ _MAKERS = ("program", "wires", "closed_form", "features", "candidates")
 _SEEN = ("nodes", "relations", "classes", "classes_of_nodes", "nodes_of_classes", "regions",
          "region_of_nodes", "nodes_of_regions", "overall")  # fmt: skip
 _FOUND = ("axes", "pairs", "of", "rows", "estimate", "pressure")
-NO_TIME = 1e30
+_MANY_NODES = 256
+"""Above this all problems are padded alike: there are few, and each shape is compiled once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,16 +175,18 @@ def batches(examples: Sequence[Example], size: int) -> list[Batch]:
 
     The last batch of a size is filled up with problems whose candidates count as padding.
     """
-    shapes: dict[tuple[int, ...], list[Example]] = {}
+    groups: dict[int, list[Example]] = {}
     for e in examples:
-        shapes.setdefault((_up(len(e.arrays.nodes), 96),), []).append(e)
+        nodes = _up(len(e.arrays.nodes), 64)
+        groups.setdefault(min(nodes, _MANY_NODES + 1), []).append(e)
     width = _up(max(len(e.index) for e in examples), 8)
-    classes = _up(max(len(e.arrays.classes) for e in examples), 8)
     regions = _up(max(len(e.arrays.regions) for e in examples), 4)
     axes = _up(max(len(np.unique(e.arrays.of[e.index])) for e in examples), 8)
     places = max(e.arrays.of.shape[1] for e in examples)
     made = []
-    for (nodes,), group in sorted(shapes.items()):
+    for _, group in sorted(groups.items()):
+        nodes = _up(max(len(e.arrays.nodes) for e in group), 64)
+        classes = _up(max(len(e.arrays.classes) for e in group), 8)
         sizes = dict(N=nodes, C=classes, R=regions, U=axes, K=width, A=places)
         padded = [_padded(e, sizes) for e in group]
         empty = dict(padded[0], recorded=np.zeros_like(padded[0]["recorded"]))

@@ -38,6 +38,11 @@ class Spread:
         first = jax.process_index() * share
         return cls(mesh=Mesh(np.array(devices), ("data",)), rows_here=slice(first, first + share))
 
+    @property
+    def whole(self) -> NamedSharding:
+        """Whole on each device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
     def rows(self, batch: Any) -> Any:
         """A batch of host arrays over the devices, by its rows."""
         by_rows = NamedSharding(self.mesh, PartitionSpec("data"))
@@ -48,10 +53,14 @@ class Spread:
 
     def everywhere(self, tree: Any) -> Any:
         """A tree of equal host arrays, whole on each device."""
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(whole, np.asarray(x)), tree
-        )
+        whole = self.whole
+
+        def place(x):
+            if getattr(x, "sharding", None) == whole:
+                return x
+            return jax.make_array_from_process_local_data(whole, np.asarray(x))
+
+        return jax.tree.map(place, tree)
 
     def here(self, tree: Any) -> Any:
         """The copy that this process has of a tree that is whole on each device."""

@@ -26,7 +26,6 @@ import numpy as np
 from placement.learned.candidates import N_AXIS, N_CANDIDATE, N_PAIR
 from placement.learned.features import N_CLASS, N_GLOBAL, N_NODE, N_REGION, N_RELATIONS
 
-N_CHOICE = 4
 ROUNDS = 3
 Params = dict[str, Any]
 
@@ -48,9 +47,9 @@ class Encoded:
     """States after the rounds."""
 
     nodes: Any
-    """[N, H]."""
+    """[N, G]."""
     pairs: Any
-    """[C, U, H]."""
+    """[C, U, G]."""
     axes: Any
     """[U, H]."""
     whole: Any
@@ -58,42 +57,36 @@ class Encoded:
 
 
 def shapes(hidden: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter; a name ending in ``_b`` is a bias."""
-    h = hidden
+    """Name -> shape of every parameter; a name ending in ``_b`` is a bias.
+
+    States of nodes, classes, regions and pairs are half as wide as those of candidates.
+    """
+    h, g = hidden, hidden // 2
     found: dict[str, tuple[int, ...]] = {}
 
     def layer(name: str, n_in: int, n_out: int) -> None:
         found[f"{name}_w"], found[f"{name}_b"] = (n_in, n_out), (n_out,)
 
-    layer("node", N_NODE, h)
-    layer("class", N_CLASS, h)
-    layer("region", N_REGION, h)
+    layer("node", N_NODE, g)
+    layer("class", N_CLASS, g)
+    layer("region", N_REGION, g)
     for t in range(ROUNDS):
-        layer(f"node_{t}", (N_RELATIONS + 3) * h, h)
-        layer(f"class_{t}", 2 * h, h)
-        layer(f"region_{t}", 2 * h, h)
-    layer("whole", 4 * h + N_GLOBAL, h)
-    layer("axis", N_AXIS, h)
-    layer("pair_class", h, h)
-    layer("pair_own", N_PAIR, h)
-    layer("pair", h, h)
-    layer("attend", h, 1)
-    layer("axis_pool", 3 * h, h)
+        layer(f"node_{t}", (N_RELATIONS + 3) * g, g)
+        layer(f"class_{t}", 2 * g, g)
+        layer(f"region_{t}", 2 * g, g)
+    layer("whole", 4 * g + N_GLOBAL, h)
+    layer("axis", N_AXIS, g)
+    layer("pair_class", g, g)
+    layer("pair_own", N_PAIR, g)
+    layer("pair", g, g)
+    layer("attend", g, 1)
+    layer("axis_pool", 3 * g, h)
     layer("candidate", 2 * h + N_CANDIDATE, h)
     layer("candidate_whole", h, h)
     layer("candidate_0", h, h)
     layer("candidate_1", h, h)
     layer("heads", h, 3)
     found["scale"] = (3,)
-    layer("place_node", h, h)
-    layer("place_pair", h, h)
-    layer("place", h, 1)
-    layer("scatter_pair", h, h)
-    layer("scatter", h, 1)
-    layer("none_axis", h, h)
-    layer("none", h, 1)
-    layer("choice", N_CHOICE, h // 2)
-    layer("choice_out", h // 2, 1)
     return found
 
 
@@ -101,7 +94,7 @@ def initial(hidden: int, seed: int) -> dict[str, np.ndarray]:
     """He-initialised weights, zero biases, small heads; the closed form enters at full weight."""
     rng = np.random.default_rng(seed)
     params: dict[str, np.ndarray] = {}
-    small = ("heads_w", "place_w", "scatter_w", "none_w", "choice_out_w", "attend_w")
+    small = ("heads_w", "attend_w")
     for name, shape in shapes(hidden).items():
         if name.endswith("_w"):
             spread = np.sqrt(2.0 / shape[0]) * (0.1 if name in small else 1.0)
@@ -113,8 +106,8 @@ def initial(hidden: int, seed: int) -> dict[str, np.ndarray]:
 
 
 def hidden_of(params: Params) -> int:
-    """Width of the states."""
-    return int(params["node_w"].shape[1])
+    """Width of the states of candidates."""
+    return int(params["candidate_0_w"].shape[1])
 
 
 def encode(params: Params, seen: Any, found: Any, xp: Any, masks: Any = None) -> Encoded:
@@ -182,27 +175,6 @@ def outer(params: Params, states: Encoded, found: Any, xp: Any) -> Heads:
         fit=out[:, 1] - scale[1] * found.pressure,
         value=out[:, 2] + scale[2] * found.estimate,
     )
-
-
-def inner(params: Params, states: Encoded, menu: Any, xp: Any):
-    """[sum S] scores of the choices of every node (see placement.learned.inner.Menu)."""
-
-    def dense(name: str, x):
-        return x @ params[f"{name}_w"] + params[f"{name}_b"]
-
-    def relu(x):
-        return xp.maximum(x, 0.0)
-
-    node = dense("place_node", states.nodes)[menu.node]
-    pair = states.pairs[menu.class_, menu.axis]
-    placed = dense("place", relu(node + dense("place_pair", pair)))[:, 0]
-    scattered = dense("scatter", relu(node + dense("scatter_pair", pair)))[:, 0]
-    empty = dense("place_node", states.nodes)[menu.empty_node]
-    empty = dense("none", relu(empty + dense("none_axis", states.axes)[menu.empty_axis]))[:, 0]
-    zero = xp.zeros(1, placed.dtype)
-    parts = xp.concatenate([placed, scattered, empty, zero])
-    own = dense("choice_out", relu(dense("choice", menu.prices)))[:, 0]
-    return parts[menu.parts].sum(-1) + own
 
 
 def _norm(x, xp):

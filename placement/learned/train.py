@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -303,17 +302,6 @@ def _mean(said: list[dict[str, Any]]) -> dict[str, float]:
     return {k: float(np.mean([f[k] for f in local])) for k in local[0]}
 
 
-def config_of(values: dict[str, Any]) -> TrainConfig:
-    """From a mapping. MeshwrightError for keys that do not exist."""
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise MeshwrightError(
-            f"unknown training setting {unknown[0]!r}; use one of {', '.join(sorted(known))}"
-        )
-    return TrainConfig(**values)
-
-
 def fingerprint(config: TrainConfig, training: Sequence[Example]) -> str:
     """What a checkpoint has to agree with: the configuration and the recorded outcomes."""
     import hashlib
@@ -339,8 +327,3 @@ def provenance(config: TrainConfig, training: Sequence[Example], rows) -> dict[s
         "outcomes": fingerprint(config, training),
         "last": json.dumps(rows[-1] if rows else {}),
     }
-
-
-def write_json_lines(path: pathlib.Path, rows) -> None:
-    """All rows, one a line."""
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")

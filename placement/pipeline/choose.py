@@ -27,6 +27,7 @@ from graphs.zoo.config import ModelConfig
 from placement.jobs.describe import describe_job, shape_of
 from placement.jobs.search import Infeasible, JobPlan, plan_job
 from placement.jobs.space import Groups
+from placement.jobs.timeline import job_timeline
 
 _SPMD_REMAT = {"full": "full", "attention": "attention", "dots": "pointwise", "none": "none"}
 """The zoo's policies and the job model's."""
@@ -202,10 +203,18 @@ def staged_plan(config: ModelConfig, choice: Choice, *, cluster: str, **fixed: A
     schedule = f"{int(d['pp'])} stages, {plan.program['schedule']}, {count} microbatches"
     if chunks > 1:
         schedule += f", {chunks} chunks a stage"
+    drawn = job_timeline(found)
+    if drawn.drawn_microbatches < count:
+        schedule += f" (the timeline draws {drawn.drawn_microbatches} of them)"
     return dataclasses.replace(
         plan,
+        timeline=tuple((x.lane, x.name, x.kind, x.start_s, x.end_s) for x in drawn.stretches),
         evaluations=found.evaluations,
-        reasons=(f"{schedule}; {choice.sentence()}.", *plan.reasons),
+        reasons=(
+            f"{schedule}; {choice.sentence()}.",
+            f"at most {found.gap:.1%} above the bound of the space of pipelined jobs.",
+            *plan.reasons,
+        ),
     )
 
 

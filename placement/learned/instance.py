@@ -37,7 +37,7 @@ MAX_AXES = 3
 """Most mesh axes of a candidate."""
 SOLVER_STEPS = 1000
 """Assignments that the engine may score by tables to complete one candidate."""
-_KEPT_BYTES = 2e9
+_KEPT_BYTES = 4e9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

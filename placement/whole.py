@@ -84,9 +84,12 @@ def optimize_model(
             "give a divisor"
         )
     fixed = dict(step_options or {}, global_batch=batch, seq_len=length)
-    staged = _staged(config, cluster, fixed, remat, microbatches, stages, options)
-    if staged is not None:
-        return dataclasses.replace(staged, planning_time_s=time.monotonic() - start)
+    choice = _choice(config, cluster, fixed, remat, microbatches, stages, options)
+    if choice is not None and (stages is not None or choice.stages_pay):
+        from placement.pipeline.choose import staged_plan
+
+        plan = staged_plan(config, choice, cluster=cluster, **fixed)
+        return dataclasses.replace(plan, planning_time_s=time.monotonic() - start)
     trial = _Trials(
         config=config,
         fixed=fixed,
@@ -98,10 +101,15 @@ def optimize_model(
     if not (options.get("optimizer") == "learned" and trial.as_advised(policies, counts)):
         trial.by_hand(policies, counts)
     best = trial.best()
+    if not _fits(best) and choice is not None and (would := choice.what_would_fit()):
+        best = dataclasses.replace(best, status=f"{best.status}; by the job model {would}")
     if throw and not _fits(best):
         raise InfeasibleError(best.status)
+    bound = min(p.lower_bound_s for p in trial.plans)
     return dataclasses.replace(
         best,
+        lower_bound_s=bound,
+        reasons=(*best.reasons, *_gap(best, bound)),
         planning_time_s=time.monotonic() - start,
         evaluations=sum(p.evaluations for p in trial.plans),
         alternatives=trial.alternatives(),
@@ -136,32 +144,38 @@ def _sequences(batch: int | None, tokens: int | None, length: int) -> int:
     return found
 
 
-def _staged(config, cluster, fixed, remat, microbatches, stages, options):
-    """The plan with stages where they pay or are asked for, else None."""
-    from placement.pipeline.choose import choose, staged_plan
+def _choice(config, cluster, fixed, remat, microbatches, stages, options):
+    """The job model's word on stages; None where they are not wanted or cannot be."""
+    from placement.pipeline.choose import choose
 
     pinned = {k for k, v in options.items() if v is not None} & {"mesh_shape", "optimizer"}
     if stages is False or (stages is None and pinned):
         return None
-    asked = stages is not None and stages is not True
+    state = fixed.get("optimizer_state_dtype", "float32")
     try:
-        choice = choose(
+        return choose(
             config,
             cluster=cluster,
             global_batch=fixed["global_batch"],
             seq_len=fixed["seq_len"],
             remat=remat,
             microbatches=microbatches,
-            stages=int(stages) if asked else None,
-            optimizer_state=fixed.get("optimizer_state_dtype", "float32"),
+            stages=None if stages is None or stages is True else int(stages),
+            optimizer_state="adafactor" if fixed.get("optimizer") == "adafactor" else state,
         )
     except MeshwrightError:
         if stages is None:
             return None  # a model without stages, or a device that the job model does not know
         raise
-    if stages is None and not choice.stages_pay:
-        return None
-    return staged_plan(config, choice, cluster=cluster, **fixed)
+
+
+def _gap(plan, bound: float) -> tuple[str, ...]:
+    if not _fits(plan):
+        return ()
+    if bound <= 0:
+        return ("the search was cut short, so that there is no bound of all programs and meshes.",)
+    above = plan.estimate.step_time_s / bound - 1
+    return (f"at most {above:.1%} above the bound of all programs and meshes searched.",)
 
 
 def _fits(plan) -> bool:

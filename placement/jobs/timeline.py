@@ -10,10 +10,10 @@ as the stage is free and what it needs has arrived:
 
 A chunk's seconds are the job model's (`cost_model.jobs.pieces`); what a chunk spends in collectives is
 drawn beside it on the stage's network lanes, in the place that it has in the chunk's seconds. The
-reduction of gradients and the optimizer follow the stage's last chunk. The closed form of the job model
-(`cost_model.jobs.step`) and this simulation are written apart: a test compares them. With zero bubble H2
-stages end one after the other, and the next step's first stage starts meanwhile; the closed form is a
-stage's own span.
+reduction of gradients and the optimizer follow the stage's last chunk. The closed form of the job
+model (`cost_model.jobs.step`) and this simulation are written apart: a test compares them. With zero
+bubble H2 stages end one after the other, and the next step's first stage starts meanwhile; the closed
+form is a stage's own span.
 """
 
 from __future__ import annotations

@@ -19,12 +19,14 @@ import numpy as np
 from cost_model.cluster import parse_cluster
 from cost_model.estimate import Estimate
 from cost_model.jobs import constants as constants_module
+from cost_model.jobs.columns import Jobs
 from cost_model.jobs.memory import memory
 from cost_model.jobs.step import step_time
 from cost_model.layout import layout_for
 from graphs.errors import InfeasibleError, MeshwrightError
 from graphs.zoo.config import ModelConfig
 from placement.jobs.describe import describe_job, shape_of
+from placement.jobs.infeasible import changes, sentence
 from placement.jobs.search import Infeasible, JobPlan, plan_job
 from placement.jobs.space import Groups
 from placement.jobs.timeline import job_timeline
@@ -37,6 +39,8 @@ _SPMD_REMAT = {"full": "full", "attention": "attention", "dots": "pointwise", "n
 class Choice:
     """The best jobs of either kind."""
 
+    job: Jobs
+    """What was searched, before any degrees."""
     one_program: JobPlan | Infeasible
     staged: JobPlan | Infeasible
 
@@ -60,6 +64,19 @@ class Choice:
             f"by the job model the best pipelined job {words(self.staged)} and the best without "
             f"stages {words(self.one_program)}"
         )
+
+    @property
+    def lower_bound_s(self) -> float:
+        """No job of either kind is faster under the job model."""
+        found = (self.one_program, self.staged)
+        return min(f.lower_bound_s for f in found if isinstance(f, JobPlan))
+
+    def what_would_fit(self) -> str:
+        """Where neither kind fits: the limit that binds and the changes that the search confirms."""
+        failed = self.one_program
+        if isinstance(failed, JobPlan):
+            return ""
+        return sentence(failed, changes(self.job, remats=tuple(_SPMD_REMAT.values())))
 
 
 def choose(
@@ -105,6 +122,7 @@ def choose(
         return mask
 
     return Choice(
+        job=job,
         one_program=plan_job(
             job,
             allowed=lambda g: counted(g) & (g.pp == 1),
@@ -196,7 +214,7 @@ def staged_plan(config: ModelConfig, choice: Choice, *, cluster: str, **fixed: A
         chunks=chunks,
         layers=layers_of(config.n_layers, d),
         estimate=estimate_of(found),
-        lower_bound_s=found.lower_bound_s,
+        lower_bound_s=choice.lower_bound_s,
         remat="full",
         **fixed,
     )
@@ -212,7 +230,8 @@ def staged_plan(config: ModelConfig, choice: Choice, *, cluster: str, **fixed: A
         evaluations=found.evaluations,
         reasons=(
             f"{schedule}; {choice.sentence()}.",
-            f"at most {found.gap:.1%} above the bound of the space of pipelined jobs.",
+            f"at most {found.step_time_s / choice.lower_bound_s - 1:.1%} above the bound of all jobs "
+            "that a step can be built for.",
             *plan.reasons,
         ),
     )

@@ -129,7 +129,7 @@ def best_of(
 
     def reference(problem: str) -> float:
         means = [runs.logs(problem, o, at) for o in optimizers]
-        return min(float(x.mean()) for x in means if len(x))
+        return min((float(x.mean()) for x in means if len(x)), default=math.nan)
 
     return reference
 

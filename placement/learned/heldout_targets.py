@@ -99,7 +99,10 @@ def _greedy(runs: Runs, learned: str, problems: list[str]) -> Iterable[Target]:
 def _at_64(runs: Runs, learned: str, problems: list[str]) -> Iterable[Target]:
     scoring = [o for o in SCORING if o in runs.optimizers]
     means = {o: mean_ratio(runs, o, _at(64), problems) for o in scoring}
-    best = min((o for o in scoring if means[o]), key=lambda o: means[o].value)  # type: ignore
+    known = {o: m.value for o, m in means.items() if m is not None}
+    if not known:
+        return
+    best = min(known, key=lambda o: known[o])
     yield _ratio_target(
         f"64 evaluations: at most 0.90 of the best optimizer that scores plans ({best})",
         mean_against(runs, learned, _at(64), best_of(runs, [best], _at(64)), problems), 0.9,
@@ -115,7 +118,7 @@ def _to_near(runs: Runs, learned: str, problems: list[str]) -> Target:
     scorers = [o for o in SCORING if o in runs.optimizers]
     for p in problems:
         mine = evaluations_to_near(runs, learned, p)
-        theirs = min(evaluations_to_near(runs, o, p) for o in scorers)
+        theirs = min((evaluations_to_near(runs, o, p) for o in scorers), default=math.inf)
         reached += math.isfinite(theirs)
         if math.isfinite(mine) or math.isfinite(theirs):
             ratios.append(mine / theirs if math.isfinite(theirs) else 0.0)
@@ -162,6 +165,8 @@ def _seconds(runs: Runs, learned: str, hurried: str, problems: list[str]) -> Ite
         if mine is None:
             continue
         means = {o: m for o in others if (m := mean_ratio(runs, o, _by(limit), problems))}
+        if not means:
+            continue
         best = min(means, key=lambda o: means[o].value)
         reference = best_of(runs, [best], _by(limit))
         found = mean_against(runs, name, _by(limit), reference, problems)
@@ -171,9 +176,9 @@ def _seconds(runs: Runs, learned: str, hurried: str, problems: list[str]) -> Ite
             found, 1.0, shares,
         )  # fmt: skip
     large = [p for p in problems if runs.devices_of[p] >= LARGE]
-    if large:
-        engines = [o for o in others if mean_ratio(runs, o, _by(1.0), large)]
-        best = min(engines, key=lambda o: mean_ratio(runs, o, _by(1.0), large).value)  # type: ignore
+    means = {o: m for o in others if (m := mean_ratio(runs, o, _by(1.0), large))}
+    if means:
+        best = min(means, key=lambda o: means[o].value)
         reference = best_of(runs, [best], _by(1.0))
         yield _ratio_target(
             f"1 s, jobs of {LARGE:,} devices and more: at most 0.95 of the best other ({best})",

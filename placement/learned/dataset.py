@@ -143,23 +143,28 @@ def observed(problem: PlanningProblem, *, base: Any = None) -> tuple[Arrays, flo
 
 def load_examples(split: str, *, limit: int | None = None) -> list[Example]:
     """Examples of a split, as far as outcomes are recorded."""
-    from placement.learned import outcomes
+    from placement.learned import collect, outcomes
 
     found = []
     for problem in load_split(split)[:limit]:
         if not outcomes.path_of(problem).exists():
             continue
         arrays, ideal, limit_bytes = observed(problem)
-        o = outcomes.load(problem)
+        recorded = outcomes.load(problem)
+        known = {k: getattr(recorded, k) for k in collect.FIELDS}
+        visited = collect.load(problem)
+        if visited:
+            fresh = ~np.isin(visited["index"], known["index"])
+            known = {k: np.concatenate([known[k], visited[k][fresh]]) for k in collect.FIELDS}
         found.append(
             Example(
                 name=problem.name,
                 arrays=arrays,
                 ideal_s=ideal,
-                index=o.index,
-                step_time_s=o.step_time_s,
-                memory_ratio=o.memory_bytes / limit_bytes,
-                fits=o.fits,
+                index=known["index"],
+                step_time_s=known["step_time_s"],
+                memory_ratio=known["memory_bytes"] / limit_bytes,
+                fits=known["fits"],
             )
         )
     if not found:
@@ -208,7 +213,7 @@ def _padded(e: Example, sizes: dict[str, int]) -> dict[str, np.ndarray]:
         used, of = used[1:], of - 1
     rows = {
         "nodes": (a.nodes, "N."),
-        "relations": (a.relations, ".NN"),
+        "relations": (np.asarray(a.relations), ".NN"),
         "classes": (a.classes, "C."),
         "classes_of_nodes": (a.classes_of_nodes, "NC"),
         "nodes_of_classes": (a.nodes_of_classes, "CN"),

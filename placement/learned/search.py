@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,8 @@ class Found:
     outcome: Outcome | None
     """The best plan that fits."""
     outer: Outer | None
-    opened: tuple[int, ...]
-    """Candidates opened, in order."""
+    opened: Mapping[int, Outcome]
+    """Candidates opened, in order, with what their first completion turned out to be."""
 
     @property
     def trace(self) -> list[tuple[int, float, float]]:
@@ -79,7 +80,7 @@ def plan_instance(
         curve=recorder.curve(),
         outcome=recorder.best,
         outer=recorder.best_outer,
-        opened=tuple(search.opened),
+        opened=search.opened,
     )
 
 
@@ -100,7 +101,7 @@ class _Search:
         # ties, as all are under the uniform policy, are broken by the seed
         self.score = proposal.score + 1e-9 * self.rng.random(len(proposal.score))
         self.surrogate = Surrogate(proposal.value, proposal.fit, proposal.features)
-        self.opened: list[int] = []
+        self.opened: dict[int, Outcome] = {}
         self.closed = np.zeros(len(proposal.score), bool)
         self.plans: dict[int, Outcome] = {}
         self.tried: set[tuple[int, float]] = set()
@@ -153,9 +154,9 @@ class _Search:
         return int(min(near, key=cost))
 
     def _open(self, k: int) -> None:
-        outcome = self.instance.evaluate(self.instance.outers[k])
-        self.recorder.offer(self.instance.outers[k], outcome)
-        self.opened.append(k)
+        outer = self.instance.outers[k]
+        outcome = self.recorder.offer(outer, self.instance.evaluate(outer))
+        self.opened[k] = outcome
         self.closed[k] = True
         log_time = math.log(max(outcome.step_time_s, 1e-12) / self.proposal.ideal_s)
         self.surrogate.add(k, log_time, outcome.fits)

@@ -51,7 +51,6 @@ def evaluate(
     max_axes: int = 2,
     bounds: int = 0,
     policies: Mapping[str, str | None] | None = None,
-    results: str | None = None,
     document: str | None = None,
 ) -> int:
     """Run what is missing, then write tables, pictures and, if asked for, the document.
@@ -69,7 +68,6 @@ def evaluate(
       max_axes: most mesh axes of a candidate; 2 is what ``placement.optimize`` searches.
       bounds: problems of each split whose lower bound over all candidates is computed.
       policies: name -> weights file, for policies beside the shipped one.
-      results: folder that tables and pictures are also written to.
       document: page to write.
 
     Returns:
@@ -104,12 +102,13 @@ def evaluate(
         if todo or wants_bound:
             _run(folder, problem, todo, runners, max_axes, wants_bound)
     rows = load_rows(folder)
-    targets = [folder] + ([pathlib.Path(results)] if results else [])
-    for target in targets:
-        heldout_report.write(target, rows)
-    command = f"meshwright evaluate suite=heldout out={out} document={document}"
+    heldout_report.write(folder, rows)
     if document:
-        heldout_page.write_page(pathlib.Path(document), rows, command)
+        command = f"meshwright evaluate suite=heldout problems={problems} out={out}"
+        if policies:
+            command += " policies={" + ", ".join(f"{k}: {v}" for k, v in policies.items()) + "}"
+        page = pathlib.Path(document)
+        heldout_page.write_page(page, rows, f"{command} document={document}", folder)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from placement.learned.problems import SPLITS, VERSION, load_split
 
 _INTRO = """# The learned optimizer
 
-Written by `{command}`.
+Written by `{command}` (runs that are recorded are not repeated).
 
 `optimizer=learned` plans a whole job in one SPMD program: a graph network reads the traced program,
 the cluster and the batch, and ranks all *outer candidates* (rematerialisation, microbatches, mesh);
@@ -50,8 +51,10 @@ resamples of problems and seeds). The space has meshes of up to {axes} axes.
 """
 
 
-def write_page(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], command: str) -> None:
-    """Write the page."""
+def write_page(
+    path: pathlib.Path, rows: Sequence[Mapping[str, Any]], command: str, results: pathlib.Path
+) -> None:
+    """Write the page; ``results`` is the folder that holds the pictures."""
     runs = Runs(rows)
     axes = max(int(r["max_axes"]) for r in rows)
     parts = [
@@ -59,7 +62,7 @@ def write_page(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], command: s
         _problems(),
         _weights(),
         _METHOD.format(ten=TEN, resamples=RESAMPLES, axes=axes),
-        _pictures(),
+        _pictures(os.path.relpath(results, path.parent)),
         _targets(runs),
         _tables(runs),
         _ablations(runs),
@@ -129,8 +132,7 @@ def _there(problem) -> bool:
     return outcomes.path_of(problem).exists()
 
 
-def _pictures() -> str:
-    folder = "../benchmarks/results/learned"
+def _pictures(folder: str) -> str:
     return (
         "## Best plan against evaluations and seconds\n\n"
         f"![against evaluations]({folder}/evaluations.png)\n\n"

@@ -1,8 +1,9 @@
 """meshwright train_policy [KEY=VALUE …]: train the policy of optimizer=learned.
 
-Records what candidates of the training and validation problems are worth (once; it is kept), then
-trains: imitation, then reinforcement learning. Leaves metrics.jsonl, curves.png, checkpoints/ and
-policy.safetensors in out=; the same command again goes on from the last checkpoint.
+Records what candidates of the training and validation problems are worth, trains a first policy and
+adds what it visits (each once; it is kept), then trains: imitation, then reinforcement learning.
+Leaves metrics.jsonl, curves.png, checkpoints/ and policy.safetensors in out=; the same command again
+goes on from the last checkpoint.
 
 examples:
   meshwright train_policy out=out/policy
@@ -13,9 +14,13 @@ examples:
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
+from graphs.errors import MeshwrightError
 from placement.experiments import _devices, _hydra
+
+_SPLITS = ("train", "validation")
 
 
 def main(argv: list[str]) -> int:
@@ -23,31 +28,45 @@ def main(argv: list[str]) -> int:
         print(_hydra.help_text(__doc__, "train_policy"))
         return 0
     config = _hydra.compose("train_policy", argv)
-    _devices.join(_devices.processes_of(config))
+    processes = _devices.processes_of(config)
+    if processes is not None and (config.record or config.visit):
+        raise MeshwrightError(
+            "several processes train on what is recorded: run once with one process, then add "
+            "record=false visit=0"
+        )
+    _devices.join(processes)
+    from placement.learned import collect, outcomes
+    from placement.learned.run import WEIGHTS
+
+    out = pathlib.Path(str(config.out))
+    if config.record:
+        outcomes.main([f"split={s}" for s in _SPLITS])
+    if config.visit and not all(collect.visited(s, "explorer") for s in _SPLITS):
+        _train(config.explorer, out / "explorer", visited=False)
+        weights = out / "explorer" / WEIGHTS
+        for split in _SPLITS:
+            collect.main([f"policy={weights}", f"evaluations={config.visit}", f"split={split}"])
+    _train(config.policy, out, visited=True)
+    return 0
+
+
+def _train(node: Any, out: pathlib.Path, *, visited: bool) -> None:
     import jax
 
-    from placement.learned import outcomes, run
     from placement.learned.dataset import load_examples
+    from placement.learned.run import WEIGHTS, run
 
-    settings = _hydra.instantiate(config.policy)
-    first = jax.process_index() == 0
-    if config.record and first:
-        outcomes.main(["split=train", "split=validation"])
+    settings = _hydra.instantiate(node)
+    shown = jax.process_index() == 0
 
     def show(row: dict[str, Any]) -> None:
-        if first:
+        if shown:
             print(_line(row, settings.epochs), flush=True)
 
-    rows = run.run(
-        settings,
-        load_examples("train"),
-        load_examples("validation"),
-        str(config.out),
-        on_row=show,
-    )
-    if first:
-        print(f"wrote {config.out}/{run.WEIGHTS} after {rows[-1]['step']} epochs")
-    return 0
+    training, validation = (load_examples(s, visited=visited) for s in _SPLITS)
+    rows = run(settings, training, validation, out, on_row=show)
+    if shown:
+        print(f"wrote {out / WEIGHTS} after {rows[-1]['step']} epochs")
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:

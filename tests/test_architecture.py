@@ -137,7 +137,7 @@ def test_third_party_imports_are_dependencies():
 
 CONFIGS = [(group, name) for group, names in _hydra.groups().items() for name in names]
 COMPOSED = dict.fromkeys(("model", "train", "cluster", "optimizer", "region"), "plan")
-COMPOSED |= {"suite": "evaluate"}
+COMPOSED |= {"suite": "evaluate", "policy": "train_policy"}
 """The top-level configuration that takes each group."""
 
 

@@ -43,6 +43,15 @@ def load(problem: PlanningProblem) -> dict[str, np.ndarray]:
         ) from error
 
 
+def visited(split: str, name: str) -> bool:
+    """Whether the policy of this name has visited all problems of a split."""
+    return all(_mark(p, name).exists() for p in load_split(split))
+
+
+def _mark(problem: PlanningProblem, name: str) -> pathlib.Path:
+    return path_of(problem).with_suffix(f".{name}")
+
+
 def visit(problem: PlanningProblem, policy: str, evaluations: int) -> dict[str, np.ndarray]:
     """Search a problem for a few evaluations; what was known before is kept."""
     from placement.learned.instance import Instance
@@ -72,7 +81,7 @@ def main(argv: list[str]) -> int:
     mark = pathlib.Path(policy).resolve().parent.name if policy != "learned" else policy
     problems = load_split(given.get("split", "train"))
     for n, problem in enumerate(problems):
-        done = path_of(problem).with_suffix(f".{mark}")
+        done = _mark(problem, mark)
         try:
             done.touch(exist_ok=False)  # claimed: another process need not do it
         except FileExistsError:

@@ -141,21 +141,21 @@ def observed(problem: PlanningProblem, *, base: Any = None) -> tuple[Arrays, flo
     return arrays, seen.ideal_s, instance.limit_bytes
 
 
-def load_examples(split: str, *, limit: int | None = None) -> list[Example]:
-    """Examples of a split, as far as outcomes are recorded."""
+def load_examples(split: str, *, visited: bool = True) -> list[Example]:
+    """Examples of a split, as far as outcomes are recorded, with what policies visited or not."""
     from placement.learned import collect, outcomes
 
     found = []
-    for problem in load_split(split)[:limit]:
+    for problem in load_split(split):
         if not outcomes.path_of(problem).exists():
             continue
         arrays, ideal, limit_bytes = observed(problem)
         recorded = outcomes.load(problem)
         known = {k: getattr(recorded, k) for k in collect.FIELDS}
-        visited = collect.load(problem)
-        if visited:
-            fresh = ~np.isin(visited["index"], known["index"])
-            known = {k: np.concatenate([known[k], visited[k][fresh]]) for k in collect.FIELDS}
+        more = collect.load(problem) if visited else {}
+        if more:
+            fresh = ~np.isin(more["index"], known["index"])
+            known = {k: np.concatenate([known[k], more[k][fresh]]) for k in collect.FIELDS}
         found.append(
             Example(
                 name=problem.name,

@@ -115,11 +115,12 @@ def run(name: str) -> dict:
 
 
 def main() -> int:
-    wanted = sys.argv[1:] or [*PIPELINED, *SPMD]
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() and sys.argv[1:] else {}
-    for name in wanted:
-        rows[name] = run(name)
-        print(name, json.dumps(rows[name]), flush=True)
+    every = [*PIPELINED, *SPMD]
+    for name in sys.argv[1:] or every:
+        row = run(name)
+        print(name, json.dumps(row), flush=True)
+        rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        rows = {key: rows[key] for key in every if key in rows} | {name: row}
         temporary = RESULTS.with_suffix(".part")
         temporary.write_text(json.dumps(rows, indent=1) + "\n")
         os.replace(temporary, RESULTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 
 from cost_model.jobs import constants, counts, runs
 from cost_model.jobs import shape as shapes
-from cost_model.jobs.columns import Jobs
+from cost_model.jobs.columns import SCHEDULES, Jobs
 from cost_model.jobs.memory import memory
 from cost_model.jobs.step import StepTime, step_time
 from placement.jobs import search, space
-from placement.jobs.infeasible import cheapest_change
+from placement.jobs.infeasible import changes, cheapest_change
+from placement.jobs.timeline import job_timeline
 
 CONSTANTS = constants.load()
 
@@ -184,19 +186,105 @@ def test_a_small_model_with_ample_memory_is_data_parallel():
     assert plan.degrees["dp"] == 8 and plan.degrees["tp"] == plan.degrees["pp"] == 1
 
 
-def test_a_job_that_cannot_fit_names_a_change_that_makes_it_fit():
+def test_a_job_that_cannot_fit_names_changes_that_make_it_fit_cheapest_first():
     job = _job(n_devices="8", dp="8", model_name="Llama 3.1 405B", global_batch_seqs="8")
     failed = search.plan_job(job)
     assert isinstance(failed, search.Infeasible)
     assert failed.least_bytes > failed.capacity_bytes
+    found = changes(job)
+    assert found, "enough devices hold any model"
+    costs = [change.device_seconds_per_token for change in found]
+    assert costs == sorted(costs)
+    for change in found:
+        assert change.plan.memory_bytes <= change.plan.capacity_bytes
+        if change.what.endswith("devices"):
+            again = search.plan_job(job.replace(n_devices=float(change.what.split()[0])))
+            assert isinstance(again, search.JobPlan)
+            # fewer than that do not do
+            half = search.plan_job(job.replace(n_devices=float(change.what.split()[0]) / 2))
+            assert isinstance(half, search.Infeasible)
     said = cheapest_change(job, failed)
-    assert "no plan fits" in said
-    if "devices a plan" in said:
-        more = float(said.split(" with ")[1].split(" devices")[0])
-        again = search.plan_job(job.replace(n_devices=more))
-        assert isinstance(again, search.JobPlan)
-    else:
-        assert "would make it fit" in said or "a plan of" in said
+    assert said.startswith("no plan fits") and found[0].what in said
+    assert "optimizer state" in failed.binding
+
+
+def test_rematerialisation_is_the_change_where_it_was_not_allowed():
+    job = _job(n_devices="8", dp="8", global_batch_seqs="8", seq_len="131072")
+    assert isinstance(search.plan_job(job, remats=("none",)), search.Infeasible)
+    what = [change.what for change in changes(job, remats=("none",))]
+    assert any("rematerialisation" in w for w in what), what
+
+
+@pytest.mark.parametrize("schedule", range(4))
+@pytest.mark.parametrize("vpp", [1, 4])
+def test_the_drawn_step_takes_what_the_closed_form_says(schedule, vpp):
+    if vpp > 1 and schedule:
+        return  # chunks are interleaved in 1F1B alone
+    job = _job(
+        model_name="Llama 3 70B", n_devices="64", dp="8", tp="2", pp="4", global_batch_seqs="128",
+        virtual_pp=str(vpp),
+    ).replace(schedule=float(schedule))  # fmt: skip
+    time = step_time(job, CONSTANTS)
+    plan = _plan_of(job, time)
+    drawn = job_timeline(plan, CONSTANTS)
+    assert drawn.drawn_microbatches == 16
+    lanes = {}
+    for stretch in drawn.stretches:
+        lanes.setdefault(stretch.lane, []).append(stretch)
+    for lane, inside in lanes.items():
+        if lane.endswith("compute"):
+            for a, b in itertools.pairwise(sorted(inside, key=lambda s: s.start_s)):
+                assert b.start_s >= a.end_s - 1e-9, "a stage does one thing at a time"
+    spans = [
+        max(s.end_s for s in inside) - min(s.start_s for s in inside)
+        for lane, inside in lanes.items()
+        if lane.endswith("compute")
+    ]
+    closed = float((time.step_time_s - time.spread_s)[0])
+    assert max(spans) == pytest.approx(closed, rel=0.03)
+
+
+def _plan_of(job, time):
+    return search.JobPlan(
+        degrees={},
+        remat="as given",
+        step_time_s=float(time.step_time_s[0]),
+        memory_bytes=0.0,
+        capacity_bytes=0.0,
+        lower_bound_s=0.0,
+        evaluations=0,
+        planning_time_s=0.0,
+        job=job,
+    )
+
+
+def test_schedules_trade_time_for_memory_as_published():
+    """arXiv:2401.10241, table 1, and arXiv:1811.06965: bubbles and live microbatches."""
+    job = _job(
+        model_name="Llama 3 70B", n_devices="64", dp="8", tp="2", pp="4", global_batch_seqs="128"
+    )
+    seconds, peak = {}, {}
+    for index, name in enumerate(SCHEDULES):
+        one = job.replace(schedule=float(index))
+        seconds[name] = float(step_time(one, CONSTANTS).step_time_s[0])
+        peak[name] = float(memory(one, CONSTANTS).peak_bytes[0])
+    assert seconds["zero_bubble_h2"] < seconds["zero_bubble_h1"] < seconds["1f1b"]
+    assert peak["zero_bubble_h1"] == peak["1f1b"] < peak["zero_bubble_h2"] < peak["gpipe"]
+    assert seconds["gpipe"] >= seconds["1f1b"] * (1 - 1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(layers=st.integers(4, 130), pp=st.integers(2, 16))
+def test_every_division_of_layers_holds_them_all(layers, pp):
+    if pp > layers:
+        return
+    for vpp, _, first, last in space._pipelines(layers, pp, 4 * pp):
+        job = _job(dp="1", n_devices=str(pp), pp=str(pp), global_batch_seqs=str(4 * pp))
+        job = job.replace(n_layers=layers, first_layers=first, last_layers=last, vpp=vpp)
+        stages = counts.layers_per_stage(job)
+        held = float(stages.first[0] + stages.last[0] + (pp - 2) * stages.middle[0])
+        assert held == layers, (vpp, first, last)
+        assert float(stages.middle[0]) == int(stages.middle[0])
 
 
 def test_thousands_of_candidates_are_scored_in_a_second():

@@ -156,7 +156,8 @@ class _Search:
             part = order[at : at + size]
             if bound[part[0]] >= self.best_s:
                 return
-            if time.monotonic() - self.start > self.time_limit_s:
+            # the most promising groups are opened always: what fits at its least is in them
+            if at and time.monotonic() - self.start > self.time_limit_s:
                 self.open_bound_s = float(bound[part[0]])
                 return
             part = part[bound[part] < self.best_s]

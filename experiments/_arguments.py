@@ -25,6 +25,20 @@ def parser(verb: str, doc: str | None) -> Parser:
     )
 
 
+def check_writable(path: str) -> None:
+    """Finds out before the work that its result could not be kept.
+
+    Raises:
+        MeshwrightError: the folder cannot be written.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
 def write_text(path: str, text: str) -> None:
     """Writes a file whole or not at all.
 
@@ -44,7 +58,11 @@ def write_text(path: str, text: str) -> None:
             os.unlink(partial)
             raise
     except OSError as error:
-        raise MeshwrightError(
-            f"{path!r} cannot be written ({error.strerror}); "
-            "give a path in a folder that can be written"
-        ) from error
+        raise _refused(path, error) from error
+
+
+def _refused(path: str, error: OSError) -> MeshwrightError:
+    return MeshwrightError(
+        f"{path!r} cannot be written ({error.strerror}); "
+        "give a path in a folder that can be written and has room"
+    )

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from graphs.errors import MeshwrightError
-from placement.experiments import _devices, _hydra, _pareto, _request, _summary, _sweep
+from placement.experiments import _arguments, _devices, _hydra, _pareto, _request, _summary, _sweep
 from placement.experiments._progress import Progress
 
 _OF_THE_STEP = ("model", "train", "cluster")
@@ -249,10 +249,5 @@ def _alone(folder: pathlib.Path, process: int) -> Iterator[None]:
 
 def _folder(name: str) -> pathlib.Path:
     folder = pathlib.Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MeshwrightError(
-            f"out={name!r} cannot be made ({error.strerror}); give a folder that can be written"
-        ) from error
+    _arguments.check_writable(str(folder / "plan.json"))
     return folder

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from placement.experiments import _hydra, _pareto, _request, _summary
+from placement.experiments._arguments import check_writable
 from placement.experiments._step import Step, step_of
 
 
@@ -32,6 +33,8 @@ def main(argv: list[str]) -> int:
     from placement.report import write_report
     from placement.solver.preparation import prepare
 
+    for path in filter(None, (config.out, config.report)):
+        check_writable(path)
     console = _summary.console()
     # On a new machine the solver's loops are compiled first: that is not planning.
     prepare()

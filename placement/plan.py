@@ -229,9 +229,8 @@ class Plan:
     # -- files ----------------------------------------------------------------
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the plan as JSON, atomically."""
+        """Write the plan as JSON, whole or not at all. MeshwrightError where it cannot be."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         data = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
@@ -244,14 +243,21 @@ class Plan:
         data["results"] = [[t, s] for t, s in sorted(self.results.items())]
         data["operands"] = [[o, t, s] for (o, t), s in sorted(self.operands.items())]
         text = json.dumps({"schema_version": SCHEMA_VERSION, "kind": "meshwright plan", **data})
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(text)
+                os.replace(temporary, path)
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise MeshwrightError(
+                f"the plan cannot be written to {str(path)!r} ({error.strerror}); give a path in a "
+                "folder that can be written and has room"
+            ) from error
         return path
 
     @classmethod

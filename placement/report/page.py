@@ -134,7 +134,7 @@ def write(data: ReportData, path: str | os.PathLike[str]) -> None:
     except OSError as error:
         raise MeshwrightError(
             f"the report cannot be written to {str(path)!r} ({error.strerror}); "
-            "give report= a path in a folder that can be written"
+            "give report= a path in a folder that can be written and has room"
         ) from error
 
 

@@ -10,9 +10,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
+import re
 from typing import Any
 
 from graphs.errors import MeshwrightError
+
+_REASON = re.compile(r"((?:No space|Read-only|Disk quota|Permission|File too large)[\w ]*)")
+"""What the system said, in the middle of what the libraries say."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,8 @@ class Checkpoints:
             raise MeshwrightError(
                 "checkpoints need the package orbax-checkpoint: install meshwright[train]"
             ) from None
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Its errors are raised as well; shown too, they would be many lines for one.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._ocp = ocp
         self.folder = pathlib.Path(folder).absolute()
         try:
@@ -88,11 +93,13 @@ class Checkpoints:
                     position=args.JsonSave(dataclasses.asdict(position)),
                 ),
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a full disk is a ValueError of tensorstore
+            said = " ".join(str(error).split())
+            reason = _REASON.search(said)
             raise MeshwrightError(
                 f"the checkpoint of step {position.step} cannot be written to "
-                f"{str(self.folder)!r} ({error.strerror}); the earlier ones are whole: "
-                "make room and launch again"
+                f"{str(self.folder)!r} ({reason[1] if reason else said[:200]}); the earlier ones "
+                "are whole: make room and launch again"
             ) from error
 
     def restore(self, step: int, abstract_state: Any, shardings: Any) -> Any:

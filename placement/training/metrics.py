@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from graphs.errors import MeshwrightError
+from placement.training.appending import append, open_to_append
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,11 +82,12 @@ class MetricsFile:
         try:
             if path.exists():
                 _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
-            self._file = open(path, "a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise MeshwrightError(
-                f"{str(path)!r} cannot be written ({error.strerror}); give another out="
+                f"{str(path)!r} cannot be written ({error.strerror}); make room or give another "
+                "out="
             ) from error
+        self._file = open_to_append(path)
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -96,7 +98,7 @@ class MetricsFile:
 
     def write(self, row: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
+            append(self._file, (json.dumps(row) + "\n").encode())
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:

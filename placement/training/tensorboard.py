@@ -16,6 +16,8 @@ import struct
 import time
 from collections.abc import Mapping
 
+from placement.training.appending import append, open_to_append
+
 _POLYNOMIAL = 0x82F63B78
 
 
@@ -25,11 +27,10 @@ class EventFile:
     def __init__(self, folder: str | pathlib.Path, *, first_step: int) -> None:
         """first_step: the one that is written first; an earlier run's from there on are void."""
         folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{os.getpid()}"
         self.path = folder / name
         self._table = _crc_table()
-        self._file = open(self.path, "ab")
+        self._file = open_to_append(self.path)
         self._record(_double(1, time.time()) + _string(3, b"brain.Event:2"))
         if first_step > 1:
             started = b"\x10" + _varint(first_step) + _string(7, b"\x08\x01")
@@ -51,8 +52,7 @@ class EventFile:
 
     def _record(self, content: bytes) -> None:
         length = struct.pack("<Q", len(content))
-        self._file.write(length + self._masked(length) + content + self._masked(content))
-        self._file.flush()
+        append(self._file, length + self._masked(length) + content + self._masked(content))
 
     def _masked(self, content: bytes) -> bytes:
         crc = 0xFFFFFFFF

@@ -76,6 +76,9 @@ class Jobs:
     """layers of the first stage, beside the embedding; -1: as the software divides them."""
     last_layers: np.ndarray
     """layers of the last stage, beside the head; -1 as above, 0: the head is alone."""
+    lockstep: np.ndarray
+    """1: stages run one SPMD program in lock step (`placement.pipeline`): every stage holds embedding
+    and head and computes its share of the loss; it keeps inputs of its chunks and no more."""
     cp: np.ndarray
     ep: np.ndarray
     n_slices: np.ndarray

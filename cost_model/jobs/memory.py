@@ -6,7 +6,8 @@ activations what each part of a layer keeps for the backward pass, from its reco
             times the microbatches in flight: pp on the first stage, 1 on the last, and
             (pp - 1)/vpp more with interleaving (arXiv:2205.05198, section 4.2 and appendix); all
             m with GPipe (arXiv:1811.06965), pp with zero bubble H1 and 2 pp - 1 with H2
-            (arXiv:2401.10241, table 1)
+            (arXiv:2401.10241, table 1); in lock step the inputs of chunks, until their backward
+            pass a tick after the next stage's, and one chunk's layers
 working set one layer's recomputed activations, gathered weights, and the logits
 allocator   fragmentation and the runtime's own context
 """
@@ -125,14 +126,20 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     alone = jobs.pp <= 1
     act_first, act_last = kept * first * flight, kept * np.where(alone, middle, last)
     act_last = act_last * np.where(gpipe & ~alone, m, 1.0)
+    lockstep = (jobs.lockstep > 0) & ~alone
+    inputs = np.where(jobs.vpp > 1, 3 * jobs.pp * jobs.vpp, 2 * jobs.pp - 1)
+    kept_inputs = kept * (np.minimum(inputs, m * jobs.vpp) + middle / jobs.vpp)
+    act_first, act_last = (np.where(lockstep, kept_inputs, a) for a in (act_first, act_last))
+    everywhere = alone | lockstep
+    logits = np.where(lockstep, logits / jobs.pp, logits)
     table_gathered = np.where(gathered, 2.0 * (table + head), 0.0)
-    tables = table + np.where(alone, head, 0.0)
+    tables = table + np.where(everywhere, head, 0.0)
     first_total = states(first, tables) + act_first + working
     # XLA reuses the loss's buffers for the layers; a caching allocator keeps blocks of both sizes
     loss = logits + table_gathered
     loss = np.where(jobs.caching_allocator > 0, loss, np.maximum(loss - working, 0.0))
     first_total = first_total + np.where(alone, loss, 0.0)
-    last_total = states(last, np.where(alone, tables, head)) + act_last
+    last_total = states(last, np.where(everywhere, tables, head)) + act_last
     last_total = last_total + np.maximum(logits, working)
     fullest_first = first_total >= last_total
     peak = np.maximum(first_total, last_total)

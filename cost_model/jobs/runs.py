@@ -348,6 +348,7 @@ def _record(
         "schedule": 0.0,
         "first_layers": -1.0,
         "last_layers": -1.0,
+        "lockstep": 0.0,
         "cp": cp,
         "ep": (given["ep"] or 1.0) if model["n_experts"] else 1.0,
         "n_slices": n_slices,

@@ -69,8 +69,10 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
     m = counts.microbatches(jobs)
     stages = counts.layers_per_stage(jobs)
     head_time = piece.head.total + piece.head_sharded
-    stage_middle = stages.middle * piece.layer
-    stage_last = stages.last * piece.layer + head_time
+    # in lock step every stage computes its share of the loss
+    spread_head = np.where(jobs.lockstep > 0, head_time / jobs.pp, 0.0)
+    stage_middle = stages.middle * piece.layer + spread_head
+    stage_last = stages.last * piece.layer + np.where(jobs.lockstep > 0, spread_head, head_time)
     longest = np.where(jobs.pp > 1, np.maximum(stage_middle, stage_last), stage_last)
     mean = (jobs.n_layers * piece.layer + head_time) / jobs.pp
     weights = (jobs.n_layers * piece.weight_gradient + 0.5 * piece.head.backward) / jobs.pp

@@ -113,8 +113,9 @@ def choose(
     def staged(g: Groups) -> np.ndarray:
         mask = counted(g) & (g.dp % g.ep == 0) & (g.zero_stage == 1) & (g.schedule == 0)
         mask &= g.pp > 1 if stages is None else g.pp == stages
-        even = (np.mod(config.n_layers, g.pp * g.vpp * unit) == 0) & (g.first_layers < 0)
-        mask &= even | (unit == 1)
+        # the loss is spread over all stages, so that none is better off with fewer layers
+        mask &= g.first_layers < 0
+        mask &= (np.mod(config.n_layers, g.pp * g.vpp * unit) == 0) | (unit == 1)
         if config.n_experts:
             mask &= g.cp == 1
         for i in np.flatnonzero(mask):
@@ -130,7 +131,7 @@ def choose(
             time_limit_s=time_limit_s / 2,
         ),
         staged=plan_job(
-            job,
+            job.replace(lockstep=1.0),
             allowed=staged,
             remats=("full",) if remat in (None, "full") else (),  # else nothing may be chosen
             time_limit_s=time_limit_s / 2,

@@ -72,11 +72,11 @@ def weight_spec(
 
 
 def state_spec(spec: Spec, shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> Spec:
-    """The spec of optimizer state: the weight's, its largest whole dimension split over data and
-    over the stages where the weight lies on none."""
+    """The spec of optimizer state: the weight's, and its largest whole dimensions split over the axes
+    that the weight is replicated on."""
     out = list(spec)
     used = {a for dim in spec for a in dim}
-    for axis in (DATA, STAGE, EXPERT):
+    for axis in (DATA, CONTEXT, STAGE, EXPERT):
         size = mesh_shape.get(axis, 1)
         if size == 1 or axis in used:
             continue

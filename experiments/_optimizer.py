@@ -12,12 +12,12 @@ class OptimizerChoice:
     """What placement.optimize takes as ``optimizer``."""
 
     name: str
-    """a key of placement.optimizers.OPTIMIZERS."""
+    """one of placement.optimizers()."""
 
     def __post_init__(self) -> None:
-        from placement.optimizers import OPTIMIZERS
+        from placement.api import optimizers
 
-        known = sorted(OPTIMIZERS)
+        known = sorted(optimizers())
         if self.name not in known:
             raise MeshwrightError(
                 f"no optimizer named {self.name!r}: choose one of {', '.join(known)}"

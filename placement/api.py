@@ -24,7 +24,7 @@ def optimizers() -> tuple[str, ...]:
     """Names of all optimizers."""
     from placement.optimizers import OPTIMIZERS
 
-    return tuple(OPTIMIZERS)
+    return (LEARNED, *OPTIMIZERS)
 
 
 def optimize(
@@ -87,7 +87,7 @@ def optimize(
         notes = () if policy else (why_not,)
     if optimizer not in OPTIMIZERS:
         raise MeshwrightError(
-            f"unknown optimizer {optimizer!r}; use one of {', '.join(OPTIMIZERS)}"
+            f"unknown optimizer {optimizer!r}; use one of {', '.join(optimizers())}"
         )
     if not time_limit_s > 0:
         raise MeshwrightError(f"time_limit_s is {time_limit_s}; give a positive number of seconds")

@@ -34,6 +34,7 @@ compiler states; without a file, defaults give the roofline of the device's data
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import functools
 import importlib.resources
@@ -73,6 +74,15 @@ VECTOR_DEFAULTS: dict[str, float] = {
     "sharpness": 8.0,
 }
 """Constants of vector operators on a device without a profile."""
+
+PROGRAM_DEFAULTS: dict[str, float] = {
+    "matmul": 1.0,
+    "pass_cycles": 0.0,
+    "reduce_cycles": 0.0,
+    "bare_cycles": 0.0,
+}
+"""Constants of operators inside whole programs where nothing is known: contractions as alone, loops
+by their bytes and instructions. ``bare_cycles`` is for kernels that XLA does not fuse."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,21 +125,40 @@ def item_bytes(dtype: str) -> int:
 @functools.cache
 def load_calibration(name: str) -> Calibration:
     """The shipped fit of this device; defaults where it has no profile."""
-    path = importlib.resources.files("cost_model") / "calibration" / f"{name}.json"
-    if not path.is_file():
+    folder = importlib.resources.files("cost_model") / "calibration"
+    if not (folder / f"{name}.json").is_file():
         return parse_calibration({})
-    return parse_calibration(json.loads(path.read_text(encoding="utf-8")))
+    raw = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    table = csv.DictReader((folder / "fused.csv").read_text(encoding="utf-8").splitlines())
+    shares = {row["constant"]: float(row["value"]) for row in table if row["device"] == name}
+    return parse_calibration(raw, shares)
 
 
-def parse_calibration(raw: dict) -> Calibration:
-    """A Calibration from the content of a fitted file."""
+def parse_calibration(raw: dict, shares: Mapping[str, float] | None = None) -> Calibration:
+    """A Calibration from the content of a fitted file.
+
+    ``shares`` says what is left of a pass through the vector unit (``pass_share``), of the pass of
+    a reduction (``reduce_share``) and of a contraction (``matmul``) where XLA fuses them with their
+    neighbours, as it does in whole programs.
+    """
     neighbours = {
         group: (np.asarray(entry["points"], np.float64), np.asarray(entry["residuals"], np.float64))
         for group, entry in raw.get("neighbours", {}).items()
     }
-    constants = {"matmul": MATMUL_DEFAULTS, "vector": VECTOR_DEFAULTS}
+    constants = {
+        "matmul": MATMUL_DEFAULTS,
+        "vector": VECTOR_DEFAULTS,
+        "program": PROGRAM_DEFAULTS,
+    }
     for group, values in raw.get("constants", {}).items():
         constants[group] = constants.get(group, {}) | values
+    if shares:
+        cycles = constants["vector"]["pass_cycles"]
+        constants["program"] |= {
+            "pass_cycles": shares.get("pass_share", 0.0) * cycles,
+            "reduce_cycles": shares.get("reduce_share", 0.0) * cycles,
+            "matmul": shares.get("matmul", 1.0),
+        }
     return Calibration(
         constants=constants,
         neighbours=neighbours,
@@ -334,11 +363,27 @@ def attention_time_s(
     work = Work(
         n_bytes=2 * pairs * (q + kv) * d * item_bytes(dtype),
         registers=registers,
-        flops=4 * 1024 * registers * np.maximum(128, _up(d, 128)),
+        flops=attention_flops(device, fit.constants["matmul"], pairs, q, kv, d, 1.0),
         pieces=pairs,
         spill_bytes=4 * pairs * q * kv,
     )
     return kernel_cycles(device, fit, "attention.full", work) / device.core_clock_hz
+
+
+def attention_flops(
+    device: Device,
+    c: Mapping[str, float],
+    pairs: np.ndarray,
+    q: np.ndarray,
+    kv: np.ndarray,
+    d: np.ndarray,
+    rounds: float,
+) -> np.ndarray:
+    """What the peak would do in the time of attention's contractions, as they run alone: scores
+    [q, kv] of ``pairs`` heads, and values [q, d]; a gradient has 2.5 rounds of the two."""
+    scores = matmul_cycles(device, c, pairs, q, d, kv, 2, 4)
+    values = matmul_cycles(device, c, pairs, q, kv, d, 2, 2)
+    return rounds * (scores + values) * device.peak("bfloat16") / device.core_clock_hz
 
 
 def gather_time_s(

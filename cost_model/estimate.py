@@ -10,6 +10,7 @@ import numpy as np
 from cost_model.energy import devices_energy_j
 from cost_model.pricing import KINDS
 from cost_model.simulate import Simulator
+from cost_model.step_bands import step_band
 from cost_model.tables import COMPUTE, RESHARD
 
 
@@ -40,7 +41,7 @@ class Estimate:
     memory_by_class_bytes: dict[str, float]
     """Live bytes by class at the peak."""
     p10_s: float | None = None
-    """Step time that one run in ten is expected to beat (calibrated on validation residuals)."""
+    """Step time that one plan in ten is expected to beat (calibrated on compiled steps)."""
     p90_s: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,8 +52,12 @@ class Estimate:
         return cls(**data)
 
 
-def estimate(simulator: Simulator, assignment: np.ndarray) -> Estimate:
-    """Simulate one assignment and break it down."""
+def estimate(simulator: Simulator, assignment: np.ndarray, *, pinned: bool = True) -> Estimate:
+    """Simulate one assignment and break it down.
+
+    ``pinned`` says that every operand will be constrained, so that XLA compiles just this plan; the
+    band of a plan that leaves operands to XLA is wider.
+    """
     tables = simulator.tables
     step, compute, comm = (float(x) for x in simulator(assignment)[0])
     times = tables.grouping.graph.multiplicities()
@@ -75,8 +80,11 @@ def estimate(simulator: Simulator, assignment: np.ndarray) -> Estimate:
         for kind, amount in zip(KINDS, values):
             by_kind[kind] += float(amount) * times[e.region]
     profile = simulator.memory_profile(assignment)
+    low, high = step_band(tables.pricing.device.family, pinned)
     return Estimate(
         step_time_s=step,
+        p10_s=step * low,
+        p90_s=step * high,
         compute_time_s=compute,
         exposed_comm_time_s=max(0.0, step - compute),
         comm_time_s=comm,

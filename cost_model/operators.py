@@ -12,12 +12,12 @@ import math
 
 import numpy as np
 
-from cost_model.compute import matmul_time_s, memory_bound_time_s
+from cost_model.compute import load_calibration, matmul_time_s, memory_bound_time_s
 from cost_model.device import Device
 from cost_model.pricing import Pricing
 from graphs.choices import Choices
 from graphs.graph import Graph
-from graphs.groups import COPY, HEAVY, Group, Grouping
+from graphs.groups import COPY, HEAVY, LEAF, Group, Grouping
 from graphs.rules import WHOLE
 
 TRANSCENDENTAL = frozenset(
@@ -30,6 +30,10 @@ _VIEWS = frozenset(
     "reshape transpose squeeze expand_dims broadcast_in_dim slice split scan_slice scan_stack "
     "carry_in carry_out merge copy stop_gradient concatenate pad literal iota".split()
 )
+_REDUCTIONS = frozenset(
+    "reduce_sum reduce_max reduce_min reduce_prod argmax argmin cumsum cumlogsumexp cummax".split()
+)
+"""Vector primitives whose operand has to pass before their result is there."""
 CONTRACTIONS = ("dot_general", "ragged_dot", "ragged_dot_general")
 _SUSTAINED_MEMORY = 0.85
 _WINDOWED_OVERHEAD = 1.1
@@ -71,13 +75,41 @@ def materialised(grouping: Grouping) -> set[int]:
     return found
 
 
+def widened(grouping: Grouping) -> set[int]:
+    """Results of contractions that are only read as float32: XLA leaves them in that type."""
+    graph = grouping.graph
+    readers: dict[int, list[int]] = {}
+    for o, op in enumerate(graph.ops):
+        for t in op.inputs:
+            readers.setdefault(t, []).append(o)
+
+    def casts(t: int) -> bool:
+        found = readers.get(t, ())
+        return bool(found) and all(
+            graph.tensors[graph.ops[o].outputs[0]].dtype == "float32"
+            if graph.ops[o].primitive == "convert_element_type"
+            else graph.ops[o].primitive in ("transpose", "reshape")
+            and casts(graph.ops[o].outputs[0])
+            for o in found
+        )
+
+    return {
+        op.outputs[0] for op in graph.ops if op.primitive in CONTRACTIONS and casts(op.outputs[0])
+    }
+
+
 def compute_events(
-    grouping: Grouping, g: int, choices: Choices, pricing: Pricing, stored: set[int]
+    grouping: Grouping,
+    g: int,
+    choices: Choices,
+    pricing: Pricing,
+    stored: set[int],
+    wide: set[int],
 ) -> list[ComputeEvent]:
-    """What group g computes."""
+    """What group g computes; ``stored`` and ``wide`` as :func:`materialised`, :func:`widened`."""
     item = grouping.groups[g]
     if item.kind == HEAVY:
-        return [_heavy(grouping, item, choices, pricing)]
+        return [_heavy(grouping, item, choices, pricing, wide)]
     if item.kind == COPY:
         return []
     return _light(grouping, item, choices, pricing, stored)
@@ -114,17 +146,20 @@ def _local_contraction(
     return index, local, classes
 
 
-def _contraction_s(pricing: Pricing, x: dict[str, np.ndarray], dtype: str) -> np.ndarray:
+def _contraction_s(
+    pricing: Pricing, x: dict[str, np.ndarray], dtype: str, out_dtype: str | None = None
+) -> np.ndarray:
     """[S] seconds; choices repeat few local shapes, and each is priced once per Pricing."""
+    kind = f"{dtype} {out_dtype}"
     shapes = np.stack([x["b"], x["m"], x["k"], x["n"]], axis=1)
     rows, inverse = np.unique(shapes, axis=0, return_inverse=True)
     known = pricing.contractions
-    missing = [r for r in rows.tolist() if (dtype, *r) not in known]
+    missing = [r for r in rows.tolist() if (kind, *r) not in known]
     if missing:
         b, m, k, n = np.array(missing).T
-        for r, t in zip(missing, matmul_time_s(pricing.device, b, m, k, n, dtype)):
-            known[(dtype, *r)] = float(t)
-    return np.array([known[(dtype, *r)] for r in rows.tolist()])[inverse.ravel()]
+        for r, t in zip(missing, matmul_time_s(pricing.device, b, m, k, n, dtype, out_dtype)):
+            known[(kind, *r)] = float(t)
+    return np.array([known[(kind, *r)] for r in rows.tolist()])[inverse.ravel()]
 
 
 def contracts(grouping: Grouping, g: int) -> bool:
@@ -160,7 +195,9 @@ def windowed_s(grouping: Grouping, g: int, choices: Choices, pricing: Pricing) -
     return np.where(ways > 1, narrow + _WINDOWED_OVERHEAD * seconds(local), 0.0)
 
 
-def _heavy(grouping: Grouping, item: Group, choices: Choices, pricing: Pricing) -> ComputeEvent:
+def _heavy(
+    grouping: Grouping, item: Group, choices: Choices, pricing: Pricing, wide: set[int]
+) -> ComputeEvent:
     graph = grouping.graph
     index = next(o for o in item.ops if not grouping.rules[o].light)
     op, rule = graph.ops[index], grouping.rules[index]
@@ -169,7 +206,9 @@ def _heavy(grouping: Grouping, item: Group, choices: Choices, pricing: Pricing) 
     if op.primitive in CONTRACTIONS:
         _, x, _ = _local_contraction(grouping, item, choices, pricing)
         dtype = graph.tensors[op.inputs[0]].dtype
-        seconds = _contraction_s(pricing, x, dtype)
+        program = load_calibration(device.calibration).constants["program"]
+        out = "float32" if op.outputs[0] in wide else None
+        seconds = program["matmul"] * _contraction_s(pricing, x, dtype, out)
         return ComputeEvent(op=index, region=op.region, seconds=seconds, kind="matmul")
     sizes = np.array(pricing.axis_sizes, np.float64)
     if rule.pins or op.primitive == "sharding_constraint":
@@ -200,8 +239,13 @@ def _light(
 ) -> list[ComputeEvent]:
     graph = grouping.graph
     batches = set(graph.inputs) - {graph.inputs[a] for a, _ in graph.aliases}
+    state = {graph.outputs[b] for _, b in graph.aliases}
+    updates = any(t in state for t in item.tensors)
     moved: dict[int, np.ndarray] = {}
     work: dict[int, np.ndarray] = {}
+    passes: dict[int, np.ndarray] = {}
+    widest: dict[int, np.ndarray] = {}
+    bare: dict[int, np.ndarray] = {}
     last: dict[int, int] = {}
     cache: dict[tuple[int, ...], np.ndarray] = {}
 
@@ -219,6 +263,8 @@ def _light(
         if t in batches:  # an argument that is no state is brought in once a step
             add(moved, 0, local(t, item.tensors[t]) * graph.tensors[t].itemsize)
     seen: set[tuple[int, int]] = set()
+    cast: set[int] = set()
+    again: set[int] = set()
     for o in item.ops:
         op = graph.ops[o]
         last[op.region] = o
@@ -227,7 +273,18 @@ def _light(
             t = op.inputs[0]
             dims = item.tensors[out][1:]
             add(moved, op.region, local(t, dims) * graph.tensors[t].itemsize)
+            if updates:  # the stack that gradients are put into is filled first
+                home = graph.regions[op.region].parent
+                add(bare, home, local(out, item.tensors[out]))
+                last.setdefault(home, o)
             continue
+        if item.kind == LEAF and op.primitive in ("scan_slice", "convert_element_type"):
+            # casts of weights are hoisted out of loops and made once, by kernels of their own
+            source = op.inputs[0]
+            if source in again or source in cast:
+                again.update(op.outputs)
+                continue
+            cast.add(source)
         for t in op.inputs:
             if t in item.tensors and (t, op.region) not in seen:
                 tensor = graph.tensors[t]
@@ -238,6 +295,10 @@ def _light(
         if op.primitive == "scan_slice":
             add(moved, op.region, local(out, item.tensors[out]) * graph.tensors[out].itemsize)
             continue
+        if op.primitive in _REDUCTIONS and op.inputs[0] in item.tensors:
+            add(passes, op.region, local(op.inputs[0], item.tensors[op.inputs[0]]))
+        if item.kind == LEAF and op.primitive == "convert_element_type":
+            add(bare, op.region, local(out, item.tensors[out]))
         for t in op.outputs:
             tensor = graph.tensors[t]
             if t in stored and op.primitive not in ("carry_in", "carry_out"):
@@ -246,13 +307,20 @@ def _light(
                 cost = _TRANSCENDENTAL_COST if op.primitive in TRANSCENDENTAL else 1.0
                 elements = local(t, item.tensors[t])
                 add(work, op.region, cost * elements)
+                widest[op.region] = np.maximum(widest.get(op.region, 0.0), elements)
     events = []
-    for region in sorted(set(moved) | set(work)):
+    program = load_calibration(pricing.device.calibration).constants["program"]
+    clock = pricing.device.core_clock_hz
+    for region in sorted({*moved, *work, *bare}):
         n_bytes = moved.get(region, 0.0)
         flops = work.get(region, 0.0)
-        # in whole programs XLA fuses these loops into their neighbours: bytes and instructions at
-        # their peaks come closer to compiled steps than the fit of kernels compiled alone
+        # in whole programs XLA fuses these loops into their neighbours, so that they share their
+        # start and part of their passes
         vector = flops / pricing.device.vector_flops_per_s
+        cycles = program["pass_cycles"] * widest.get(region, 0.0)
+        cycles = cycles + program["reduce_cycles"] * passes.get(region, 0.0)
+        vector = np.maximum(vector, cycles / 1024 / clock)
+        vector = np.maximum(vector, program["bare_cycles"] * bare.get(region, 0.0) / 1024 / clock)
         seconds = np.maximum(fused_bytes_s(pricing.device, n_bytes), vector)
         seconds = seconds + np.zeros(len(choices))
         position = last.get(region)
@@ -278,12 +346,40 @@ def fused_bytes_s(device: Device, n_bytes) -> np.ndarray:
     return np.asarray(n_bytes) / (device.hbm_bandwidth_bytes_per_s * _SUSTAINED_MEMORY)
 
 
+def passes_sums_on(grouping: Grouping, g: int, choices: Choices) -> np.ndarray:
+    """[S] whether XLA:TPU makes a reduce-scatter of partial sums a loop of permutes.
+
+    It does where one dimension is contracted, the scattered one is sharded by no other axis, and
+    more than two devices take part (read from compiled schedules); else it fuses all-reduce and
+    slice.
+    """
+    item = grouping.groups[g]
+    rule = grouping.rules[next(o for o in item.ops if not grouping.rules[o].light)]
+    left, right = (set(f for f in rule.operands[i] if f != WHOLE) for i in (0, 1))
+    contracted = (left & right) - set(rule.results[0])
+    if len([f for f in contracted if rule.sizes[f] > 1]) != 1:
+        return np.zeros(len(choices), bool)
+    scattered = choices.scatter >= 0
+    free = scattered.any(axis=1)
+    for a in range(choices.scatter.shape[1]):
+        for b in range(choices.scatter.shape[1]):
+            if a != b:
+                free &= ~(scattered[:, a] & (choices.place[:, b] == choices.scatter[:, a]))
+    return free & ~_over_dimensions(choices)
+
+
 def combine_events(
-    grouping: Grouping, g: int, choices: Choices, pricing: Pricing, windowed: bool = False
+    grouping: Grouping,
+    g: int,
+    choices: Choices,
+    pricing: Pricing,
+    windowed: bool = False,
+    contraction_s: np.ndarray | None = None,
 ) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
     """Combining partial results of group g: (op, region, seconds [S], bytes [kinds, S]).
 
-    ``windowed`` says that XLA makes reduce-scatters part of the contraction's loop.
+    ``windowed`` says that XLA makes reduce-scatters part of the contraction's loop;
+    ``contraction_s`` [S] is how long that loop computes, where its sums are passed on.
     """
     graph: Graph = grouping.graph
     item = grouping.groups[g]
@@ -311,6 +407,11 @@ def combine_events(
         seconds = pricing.collective_s(1, scatter_mask, n_bytes[1])
         if windowed:
             seconds = np.maximum(seconds, pricing.windowed_s(scatter_mask, n_bytes[1]))
+        elif contraction_s is not None:
+            around = 2 * pricing.windowed_s(scatter_mask, n_bytes[1])
+            around = around * (1 + 1 / np.maximum(scatter_ways, 1)) - contraction_s
+            passed = passes_sums_on(grouping, g, choices) & (scatter_ways > 2)
+            seconds = np.where(passed, np.maximum(seconds, around), seconds)
         if tensor.n_bytes > 8:  # scalars are combined together
             seconds = seconds + pricing.collective_s(2, reduce_mask, n_bytes[2])
         events.append((o, op.region, seconds, n_bytes))

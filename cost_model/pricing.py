@@ -12,6 +12,7 @@ import numba
 import numpy as np
 
 from cost_model.collectives import collective_time_s
+from cost_model.compute import load_calibration
 from cost_model.device import Device
 from cost_model.layout import MeshLayout
 
@@ -29,6 +30,8 @@ class Pricing:
     """[kinds, 2^A] seconds at zero bytes; the set of axes is a bit mask."""
     seconds_per_byte: np.ndarray
     """[kinds, 2^A]."""
+    copy_s_per_byte: float = 0.0
+    """Of a copy that a kernel of its own makes (16-bit types); 0 where it is not known."""
     contractions: dict[tuple, float] = dataclasses.field(default_factory=dict, compare=False)
     """Memo of contraction seconds by (type, batch, m, k, n); may be shared between layouts of one
     device."""
@@ -54,6 +57,7 @@ class Pricing:
             axis_sizes=sizes,
             latency_s=latency,
             seconds_per_byte=slope,
+            copy_s_per_byte=_copy_s_per_byte(layout.cluster.device),
             contractions={} if contractions is None else contractions,
         )
 
@@ -97,6 +101,11 @@ class Pricing:
         return (flags * (1 << np.arange(flags.shape[-1]))).sum(axis=-1).astype(np.int64)
 
 
+def _copy_s_per_byte(device: Device) -> float:
+    program = load_calibration(device.calibration).constants["program"]
+    return program["bare_cycles"] / device.core_clock_hz / 2048
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reshard:
     """Collectives that turn one spec into another, for every pair of specs."""
@@ -112,7 +121,8 @@ def reshard(p: np.ndarray, q: np.ndarray, n_bytes: float, pricing: Pricing) -> R
 
     Slices are local and free and come first, then all-to-alls for axes that change dimension, then
     one all-gather for the axes that are dropped. Where an axis leaves or joins a dimension on which
-    a more minor axis stays, blocks are out of order and are permuted as well.
+    a more minor axis stays, blocks are out of order and are permuted as well. A gather along two
+    dimensions at once leaves blocks that a copy puts in order.
     """
     seconds, bytes_by_kind = _reshard(
         np.ascontiguousarray(p, np.int8),
@@ -121,12 +131,13 @@ def reshard(p: np.ndarray, q: np.ndarray, n_bytes: float, pricing: Pricing) -> R
         np.array(pricing.axis_sizes, np.float64),
         pricing.latency_s,
         pricing.seconds_per_byte,
+        pricing.copy_s_per_byte,
     )
     return Reshard(seconds=seconds, bytes_by_kind=bytes_by_kind)
 
 
 @numba.njit(cache=True)
-def _reshard(p, q, start, sizes, latency_s, seconds_per_byte):
+def _reshard(p, q, start, sizes, latency_s, seconds_per_byte, copy_s_per_byte):
     """(seconds [P, Q], bytes [kinds, P, Q]); start [P] is the local size under p."""
     n_axes = p.shape[1]
     seconds = np.zeros((len(p), len(q)))
@@ -136,12 +147,17 @@ def _reshard(p, q, start, sizes, latency_s, seconds_per_byte):
             cut = 1.0
             gathered = 1.0
             gather = 0
+            along = -1
+            mixed = False
             for axis in range(n_axes):
                 if p[i, axis] < 0 and q[j, axis] >= 0:
                     cut *= sizes[axis]
                 elif p[i, axis] >= 0 and q[j, axis] < 0:
                     gathered *= sizes[axis]
                     gather |= 1 << axis
+                    if sizes[axis] > 1.0:
+                        mixed = mixed or (along >= 0 and p[i, axis] != along)
+                        along = p[i, axis]
             local = start[i] / cut
             total = 0.0
             for axis in range(n_axes):
@@ -152,6 +168,8 @@ def _reshard(p, q, start, sizes, latency_s, seconds_per_byte):
             if gather:
                 full = local * gathered
                 total += latency_s[0, gather] + seconds_per_byte[0, gather] * full
+                if mixed:
+                    total += copy_s_per_byte * full
                 moved[0, i, j] += full
             for major in range(n_axes):
                 for minor in range(major + 1, n_axes):

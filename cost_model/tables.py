@@ -22,6 +22,7 @@ from cost_model.operators import (
     compute_events,
     contracts,
     materialised,
+    widened,
     windowed_s,
 )
 from cost_model.pricing import Pricing, Reshard, reshard
@@ -119,7 +120,7 @@ def build_tables(
     """
     tied = fold(grouping) if tied is None else tied
     pricing = Pricing.of(layout, memo)
-    stored = materialised(grouping)
+    stored, wide = materialised(grouping), widened(grouping)
     firsts = sorted(set(tied))
     number = {g: n for n, g in enumerate(firsts)}
     node_of = np.array([number[t] for t in tied], np.int32)
@@ -132,7 +133,7 @@ def build_tables(
     for n, g in enumerate(firsts):
         menu = choices_of(grouping.groups[g], layout.mesh.axis_sizes)
         menu = _keep_pins(grouping, g, menu, layout)
-        own = _own_events(grouping, g, n, menu, pricing, stored, g in gradients)
+        own = _own_events(grouping, g, n, menu, pricing, stored, wide, g in gradients)
         cost, hidden = np.zeros(len(menu)), np.zeros(len(menu))
         for e in own:
             if e.hides:
@@ -238,13 +239,13 @@ def _keep_pins(grouping: Grouping, g: int, menu: Choices, layout: MeshLayout) ->
     return Choices(place=menu.place[keep], scatter=menu.scatter[keep])
 
 
-def _own_events(grouping, g, n, menu, pricing, stored, hides) -> list[Event]:
+def _own_events(grouping, g, n, menu, pricing, stored, wide, hides) -> list[Event]:
     events = [
         Event(
             kind=COMPUTE, op=e.op, region=e.region, node=n, source=-1, seconds=e.seconds,
             n_bytes=None, rows=None, columns=None, hides=False, label=e.kind,
         )
-        for e in compute_events(grouping, g, menu, pricing, stored)
+        for e in compute_events(grouping, g, menu, pricing, stored, wide)
     ]  # fmt: skip
     windowed = hides and pricing.device.family == "tpu" and contracts(grouping, g)
     if windowed:
@@ -252,7 +253,11 @@ def _own_events(grouping, g, n, menu, pricing, stored, hides) -> list[Event]:
         extra = windowed_s(grouping, g, menu, pricing)
         if extra.any():
             events.append(dataclasses.replace(first, seconds=extra, label="windowed"))
-    for op, region, seconds, n_bytes in combine_events(grouping, g, menu, pricing, windowed):
+    sums = not hides and pricing.device.family == "tpu" and contracts(grouping, g)
+    computed = events[0].seconds if sums else None
+    for op, region, seconds, n_bytes in combine_events(
+        grouping, g, menu, pricing, windowed, computed
+    ):
         events.append(
             Event(
                 kind=COLLECTIVE, op=op, region=region, node=n, source=-1, seconds=seconds,
@@ -347,16 +352,17 @@ def _reshards(grouping, node_of, choices, pricing, times):
             source = grouping.source_group(g, view)
             i = int(node_of[source])
             priced_pair, rows, columns = price(source, view.tensor, j, view.dims)
-            hides = _from_weights(grouping, source)
+            weights = _from_weights(grouping, source)
+            hides = weights and bool(pricing.device.overlapped_gathers)
             if priced_pair.seconds.any():
                 ops = view.ops or readers.get((view.tensor, view.region), [0])
                 event = Event(
                     kind=RESHARD, op=min(ops), region=view.region, node=j, source=i,
                     seconds=priced_pair.seconds, n_bytes=priced_pair.bytes_by_kind, rows=rows,
-                    columns=columns, hides=hides, label="weights" if hides else "activations",
+                    columns=columns, hides=hides, label="weights" if weights else "activations",
                 )  # fmt: skip
                 copy = None
-                if not hides:
+                if not weights:
                     specs, _ = spec_cache[(j, "v", *view.dims)]
                     size = graph.tensors[view.tensor].n_bytes
                     copy = operand(event, size, pricing.shards(specs), max(ops) + 1)

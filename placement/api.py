@@ -296,7 +296,8 @@ class _Search:
             donate_argnums=donated,
             fingerprint=self.grouping.graph.fingerprint,
             estimate=dataclasses.replace(
-                estimate(best.simulator, best.choices), table_cost_s=best.table_cost_s
+                estimate(best.simulator, best.choices, pinned=best.optimizer not in HAND_TUNED),
+                table_cost_s=best.table_cost_s,
             ),
             lower_bound_s=0.0 if self.skipped else min(self.bounds, default=0.0),
             table_bound_s=best.table_bound_s,

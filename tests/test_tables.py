@@ -48,8 +48,8 @@ def test_scanned_and_unrolled_layers_cost_the_same():
         step, args = mlp_step(4, scan, scale=64)
         t = tables(step, args)
         costs.append(solve(t.problem, time_limit_s=5.0).cost)
-    # a loop stores and slices its stacked values, written-out layers do not
-    assert costs[0] == pytest.approx(costs[1], rel=0.15)
+    # a loop fills, stores and slices its stacked values, written-out layers do not
+    assert costs[0] == pytest.approx(costs[1], rel=0.25)
 
 
 def test_folding_repeated_layers_does_not_change_the_optimum():

@@ -126,7 +126,9 @@ def _index(c: Case) -> Work:
     rows, table = d["r"] * d["c"] * size, d["v"] * d["c"] * size
     if c.variant == "one_hot":
         flops = 2.0 * d["r"] * d["v"] * d["c"]
-        return Work(n_bytes=table + rows, registers=_registers(d["r"], d["v"]), flops=flops)
+        spill = float(size * d["r"] * d["v"])
+        registers = _registers(d["r"], d["v"])
+        return Work(n_bytes=table + rows, registers=registers, flops=flops, spill_bytes=spill)
     moved = 2 * rows + (2 * table if c.variant == "scatter_add" else 0)
     return Work(n_bytes=moved, registers=_registers(d["r"], d["c"]), pieces=d["r"], narrow=size < 4)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from cost_model.calibration.programs import Case, parse_case
 from cost_model.compute import (
     Calibration,
     Work,
+    attention_flops,
     class_cycles,
     item_bytes,
     kernel_cycles,
@@ -65,6 +66,8 @@ _TRUST = 0.03
 """Relative error that a constant of a variant may cost before it leaves that of its kind."""
 _BARE = ("add", "exp", "max_row", "cumsum", "argmax_row")
 """Programs that are no fused loop: single instructions, whose windows are not tuned, and scans."""
+_LARGE_REGISTERS = 500
+"""Registers from which the start of a kernel is of no weight."""
 _RESIDENT_BYTES = [0.0, *(2.0**20 * x for x in (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 110, 120))]
 """On-chip sizes tried; the fit takes the one with the least error."""
 
@@ -154,18 +157,37 @@ def fit_rows(device: Device, rows: Sequence[Row], versions: dict[str, str]) -> d
     fused = [r for r in loops if r.case.variant not in _BARE]
     if len(fused) >= 8:
         content["constants"]["vector"] = _fit_any_loop(device, fused)
+    bare = _bare_cycles(rows)
+    if bare:
+        content["constants"]["program"] = {"bare_cycles": bare}
+    single = content["constants"].get("vector", {}).get("start")
     for kind in VECTOR_KINDS:
         own = [r for r in rows if r.case.kind == kind]
         if not own:
             continue
-        whole = _fit_vector(device, own, resident)[0]
+        dots = content["constants"].get("matmul")
+        whole = _fit_vector(device, own, resident, dots)[0]
         content["constants"][kind] = whole
+        if single is not None and kind != "attention":
+            # a variant is one kernel unless its small shapes say otherwise
+            whole = whole | {"start": single}
         for variant in sorted({r.case.variant for r in own}):
             some = [r for r in own if r.case.variant == variant]
-            constants, points, residuals = _fit_vector(device, some, resident, near=whole)
+            constants, points, residuals = _fit_vector(device, some, resident, dots, near=whole)
             content["constants"][f"{kind}.{variant}"] = constants
             _add_neighbours(content, f"{kind}.{variant}", points, residuals)
     return content
+
+
+def _bare_cycles(rows: Sequence[Row]) -> float:
+    """Cycles of a register in element-wise kernels that are no fusion; 0 where none is large."""
+    found = []
+    for row in rows:
+        if row.case.kind == "elementwise" and row.case.variant in _BARE:
+            registers = counts([row.case])[0].registers
+            if registers >= _LARGE_REGISTERS:
+                found.append(row.cycles / registers)
+    return float(f"{np.median(found):.4g}") if found else 0.0
 
 
 def _add_neighbours(
@@ -202,7 +224,20 @@ def predict_cycles(device: Device, fit: Calibration, item: Case) -> float:
         return float(model[0])
     group = f"{item.kind}.{item.variant}"
     fallback = item.kind if item.kind in fit.constants else "vector"
-    return float(kernel_cycles(device, fit, group, counts([item])[0], fallback))
+    work = _work(device, item, fit.constants["matmul"])
+    return float(kernel_cycles(device, fit, group, work, fallback))
+
+
+def _work(device: Device, item: Case, dots: Mapping[str, float] | None) -> Work:
+    """What a case moves and computes; the contractions of attention as the fit has them alone."""
+    work = counts([item])[0]
+    if item.kind != "attention" or dots is None:
+        return work
+    d = dict(item.dims)
+    sides = (np.array(float(x)) for x in (d["b"] * d["h"], d["q"], d["k"], d["d"]))
+    rounds = 2.5 if item.variant.startswith("grad") else 1.0
+    flops = float(attention_flops(device, dots, *sides, rounds))
+    return dataclasses.replace(work, flops=flops)
 
 
 def _matmul_arguments(items: Sequence[Case]) -> tuple[Any, ...]:
@@ -239,10 +274,11 @@ def _fit_vector(
     device: Device,
     rows: list[Row],
     resident_bytes: float,
+    dots: dict[str, float] | None,
     near: dict[str, float] | None = None,
 ) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
     """Constants, features and residuals; drawn to the constants ``near`` of the whole kind."""
-    works = counts([r.case for r in rows])
+    works = [_work(device, r.case, dots) for r in rows]
     names = [f.name for f in dataclasses.fields(Work)]
     work = Work(**{n: np.array([float(getattr(w, n)) for w in works]) for n in names})
     measured = np.array([r.cycles for r in rows])

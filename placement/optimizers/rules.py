@@ -131,6 +131,8 @@ def _fixed(rule: Rule, tables: Tables) -> dict[int, int]:
         if is_state or updates:
             sharded = rule.state_on_data if updates else rule.weights_on_data
             _place_state(item, role, names.root[g], sizes, data if sharded else [], model, want)
+        elif BATCH not in role[: len(item.sizes)]:
+            continue  # gradients on their way to the norm or the optimizer: whatever is best
         else:
             _place_activation(rule, item, role, sizes, data, model, want)
         pick = np.flatnonzero((tables.choices[node].place == np.array(want, np.int8)).all(1))

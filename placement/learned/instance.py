@@ -134,7 +134,7 @@ class Instance:
         *,
         prior: np.ndarray | None = None,
         exposure: float = EXPOSURE,
-        time_limit_s: float = 10.0,
+        time_limit_s: float = 60.0,
     ) -> Outcome:
         """Complete a candidate with the engine and judge it: one evaluation.
 

@@ -71,8 +71,9 @@ def _train(node: Any, out: pathlib.Path, *, visited: bool) -> None:
 
 def _line(row: dict[str, Any], epochs: int) -> str:
     return (
-        f"{row['step']}/{epochs} {row['stage']}: loss {row['loss']:.3f}, regret {row['regret']:.1%} "
-        f"(of three {row['regret_3']:.1%}), first choice does not fit {row['missed']:.1%}, "
+        f"member {row['member']}, {row['step']}/{epochs} {row['stage']}: loss {row['loss']:.3f}, "
+        f"regret {row['regret']:.1%} (of three {row['regret_3']:.1%}), "
+        f"first choice does not fit {row['missed']:.1%}, "
         f"recall of what does not fit {row['infeasible_recall']:.1%}, "
         f"value error {row['value_error']:.3f}; {row['seconds']:.1f} s"
     )

@@ -70,7 +70,7 @@ def example(seed: int) -> Example:
 
 
 SMALL = TrainConfig(
-    hidden=16, batch_size=8, imitation_epochs=3, reinforcement_epochs=2, learning_rate=3e-3,
+    members=1, hidden=16, batch_size=8, imitation_epochs=3, reinforcement_epochs=2, learning_rate=3e-3,
     draws=4, checkpoint_every=1,
 )  # fmt: skip
 
@@ -154,9 +154,22 @@ def test_a_killed_run_goes_on_with_the_same_curve(problems, tmp_path):
     for a, b in zip(whole, resumed, strict=True):
         assert a["step"] == b["step"]
         assert all(a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-6) for k in ("loss", "regret"))
-    one, two = (load_policy(str(tmp_path / n / WEIGHTS)).params for n in ("whole", "cut"))
-    assert one is not None and two is not None
-    assert all(np.allclose(one[k], two[k], rtol=1e-5, atol=1e-6) for k in one)
+    one, two = (load_policy(str(tmp_path / n / WEIGHTS)).members for n in ("whole", "cut"))
+    for a, b in zip(one, two, strict=True):
+        assert all(np.allclose(a[k], b[k], rtol=1e-5, atol=1e-6) for k in a)
+
+
+def test_members_differ_and_are_averaged(problems, tmp_path):
+    config = dataclasses.replace(SMALL, members=2, imitation_epochs=1, reinforcement_epochs=0)
+    rows = run(config, *problems, tmp_path)
+    assert [r["member"] for r in rows] == [0, 1] and rows[0]["loss"] != rows[1]["loss"]
+    policy = load_policy(str(tmp_path / WEIGHTS))
+    assert len(policy.members) == 2
+    arrays = problems[1][0].arrays
+    alone = [
+        dataclasses.replace(policy, members=(m,)).heads(arrays).preference for m in policy.members
+    ]
+    assert np.allclose(policy.heads(arrays).preference, np.mean(alone, axis=0))
 
 
 def test_checkpoints_of_another_run_are_refused(problems, tmp_path):
@@ -223,10 +236,9 @@ def test_two_processes_train_as_one(problems, tmp_path):
     errors = [c.communicate(timeout=300)[1] for c in children]
     assert all(c.returncode == 0 for c in children), "\n".join(errors)[-3000:]
     run(SMALL, *problems, tmp_path / "one")
-    one, two = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("one", "two"))
+    one, two = (read_metrics(tmp_path / n / "member_0" / "metrics.jsonl") for n in ("one", "two"))
     assert len(two) == SMALL.epochs
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-4)
-    first, second = (load_policy(str(tmp_path / n / WEIGHTS)).params for n in ("one", "two"))
-    assert first is not None and second is not None
+    (first,), (second,) = (load_policy(str(tmp_path / n / WEIGHTS)).members for n in ("one", "two"))
     assert all(np.allclose(first[k], second[k], rtol=1e-2, atol=1e-3) for k in first)

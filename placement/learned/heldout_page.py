@@ -114,8 +114,7 @@ def _weights() -> str:
         policy = load_policy(LEARNED)
     except MeshwrightError as error:
         return f"## Training\n\n{error}\n"
-    assert policy.params is not None
-    count = sum(v.size for v in policy.params.values())
+    count = policy.n_parameters
     n_outcomes = [len(outcomes.load(p).index) for p in load_split("train") if _there(p)]
     text = f"## Training\n\nThe shipped policy has {count:,} parameters."
     if n_outcomes:

@@ -1,5 +1,8 @@
 """A trained policy: weights from a file, and what it proposes for a program on a cluster.
 
+A policy is a few members, networks trained alike from different first weights; what they say is
+averaged, because one alone is surer of its first choice than it should be.
+
 The shipped weights are ``weights/policy.safetensors``; nothing in them is code. Inference is numpy
 on sparse matrices: no compilation, no accelerator.
 """
@@ -49,12 +52,17 @@ class Policy:
     """Parameters of the network and what it is blind to."""
 
     name: str
-    params: dict[str, np.ndarray] | None
-    """None for the uniform policy."""
+    members: tuple[dict[str, np.ndarray], ...]
+    """Parameters of each network; none for the uniform policy."""
     edges: bool = True
     mesh: bool = True
     facts: dict[str, str] = dataclasses.field(default_factory=dict)
     """Provenance, as written at training."""
+
+    @property
+    def n_parameters(self) -> int:
+        """Of all members."""
+        return sum(v.size for m in self.members for v in m.values())
 
     def propose(
         self,
@@ -78,7 +86,7 @@ class Policy:
 
         seen = observe(grouping, cluster, program=program_of(grouping, tied))
         found = candidates_of(seen, outers)
-        if self.params is None:
+        if not self.members:
             zero = np.zeros(len(outers))
             return Proposal(
                 score=zero, fit=zero, value=zero, features=found.rows, ideal_s=seen.ideal_s
@@ -87,14 +95,25 @@ class Policy:
         thin = dataclasses.replace(
             arrays, relations=[sparse.csr_matrix(a) for a in arrays.relations]
         )
-        states = forward.encode(self.params, thin, thin, np)
-        heads = forward.outer(self.params, states, thin, np)
+        heads = self.heads(thin)
         return Proposal(
-            score=ranking(heads.preference, heads.fit),
+            score=ranking(heads.preference, heads.fit, heads.value),
             fit=heads.fit,
             value=heads.value,
             features=arrays.rows,
             ideal_s=seen.ideal_s,
+        )
+
+    def heads(self, arrays: Any) -> forward.Heads:
+        """Mean of the members' heads, for arrays that are blinded already."""
+        said = []
+        for params in self.members:
+            states = forward.encode(params, arrays, arrays, np)
+            said.append(forward.outer(params, states, arrays, np))
+        return forward.Heads(
+            preference=np.mean([h.preference for h in said], axis=0),
+            fit=np.mean([h.fit for h in said], axis=0),
+            value=np.mean([h.value for h in said], axis=0),
         )
 
 
@@ -104,9 +123,9 @@ def load_policy(name: str = "learned", *, seed: int = 0) -> Policy:
     Raises MeshwrightError where the file is missing or does not fit this version's network.
     """
     if name == "uniform":
-        return Policy(name=name, params=None)
+        return Policy(name=name, members=())
     if name == "untrained":
-        return Policy(name=name, params=forward.initial(HIDDEN, seed))
+        return Policy(name=name, members=(forward.initial(HIDDEN, seed),))
     if name == "learned":
         folder = importlib.resources.files("placement.learned") / "weights"
         return _read(str(folder / SHIPPED))
@@ -129,14 +148,15 @@ def _cached(path: str, stamp: int) -> Policy:
     try:
         with safe_open(path, framework="numpy") as file:
             facts = dict(file.metadata() or {})
-            params = {k: file.get_tensor(k) for k in file.keys()}
-        wanted = forward.shapes(forward.hidden_of(params))
-    except (SafetensorError, OSError, KeyError) as error:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}
+        members = _members(tensors)
+        wanted = [forward.shapes(forward.hidden_of(m)) for m in members]
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise MeshwrightError(
             f"{path} is no file of policy weights ({' '.join(str(error).split())[:100]}); "
             "train some with meshwright train_policy"
         ) from error
-    if {k: tuple(v.shape) for k, v in params.items()} != wanted:
+    if [{k: tuple(v.shape) for k, v in m.items()} for m in members] != wanted:
         raise MeshwrightError(
             f"the weights in {path} are of another version of the network; "
             "train again with meshwright train_policy"
@@ -144,19 +164,34 @@ def _cached(path: str, stamp: int) -> Policy:
     config = json.loads(facts.get("config", "{}"))
     return Policy(
         name=pathlib.Path(path).stem,
-        params=params,
+        members=members,
         edges=config.get("edges", True),
         mesh=config.get("mesh", True),
         facts=facts,
     )
 
 
-def save_weights(path: pathlib.Path, params: dict[str, np.ndarray], facts: dict[str, str]) -> None:
+def _members(tensors: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], ...]:
+    """Tensors named ``MEMBER.NAME`` by member."""
+    found: dict[int, dict[str, np.ndarray]] = {}
+    for key, value in tensors.items():
+        member, _, name = key.partition(".")
+        found.setdefault(int(member), {})[name] = value
+    return tuple(found[m] for m in sorted(found))
+
+
+def save_weights(
+    path: pathlib.Path, members: Sequence[dict[str, np.ndarray]], facts: dict[str, str]
+) -> None:
     """Write a weights file, whole or not at all."""
     from safetensors.numpy import save
 
     from placement.compile_cache import write_atomically
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    ordered = {k: np.ascontiguousarray(params[k], np.float32) for k in sorted(params)}
-    write_atomically(path, save(ordered, metadata=facts))
+    tensors = {
+        f"{m}.{name}": np.ascontiguousarray(params[name], np.float32)
+        for m, params in enumerate(members)
+        for name in sorted(params)
+    }
+    write_atomically(path, save(tensors, metadata=facts))

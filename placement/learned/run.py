@@ -1,8 +1,9 @@
 """A training run in a folder: metrics, checkpoints, curves and weights.
 
-``out/metrics.jsonl`` has one row an epoch, ``out/checkpoints`` the state, ``out/curves.png`` the
-curves and ``out/policy.safetensors`` the averaged weights with their provenance. A run that finds a
-checkpoint of the same configuration and the same recorded outcomes goes on from it.
+Each member has a folder ``out/member_N`` with ``metrics.jsonl``, one row an epoch, and
+``checkpoints``; beside them are ``curves.png`` and ``policy.safetensors``, the averaged weights of
+all members with their provenance. A run that finds a checkpoint of the same configuration and the
+same recorded outcomes goes on from it.
 """
 
 from __future__ import annotations
@@ -39,11 +40,30 @@ def run(
     *,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
-    """Trains, from the last checkpoint where there is one. Returns the rows of all epochs.
+    """Trains every member, from its last checkpoint where there is one.
 
-    Raises MeshwrightError where the folder holds the checkpoints of another run.
+    Returns the rows of all epochs, each with its ``member``. Raises MeshwrightError where the
+    folder holds the checkpoints of another run.
     """
     out = pathlib.Path(out)
+    members, rows = [], []
+    for number in range(config.members):
+
+        def say(row: dict[str, Any], number: int = number) -> None:
+            on_row({"member": number, **row})
+
+        folder = out / f"member_{number}"
+        params, own = _one(config.member(number), training, validation, folder, say)
+        members.append(params)
+        rows += [{"member": number, **r} for r in own]
+    if jax.process_index() == 0:
+        save_weights(out / WEIGHTS, members, provenance(config, training, rows))
+        draw(rows, out / "curves.png")
+    return rows
+
+
+def _one(config, training, validation, out: pathlib.Path, on_row):
+    """(weights, rows of all epochs) of one member."""
     first = jax.process_index() == 0
     here = Position(
         step=0,
@@ -66,11 +86,7 @@ def run(
                 checkpoints.save(state, dataclasses.replace(here, step=epoch))
 
             trained = make_train(config)(training, validation, start=start, keep=keep, on_row=write)
-    rows = read_metrics(out / "metrics.jsonl")
-    if first:
-        save_weights(out / WEIGHTS, trained.params, provenance(config, training, rows))
-        draw(rows, out / "curves.png")
-    return rows
+    return trained.params, read_metrics(out / "metrics.jsonl")
 
 
 def _start(checkpoints: Checkpoints, config: TrainConfig, here: Position):
@@ -96,12 +112,14 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     figure, panes = pyplot.subplots(2, 2, figsize=(9, 6), sharex=True)
-    steps = [r["step"] for r in rows]
+    members = sorted({r["member"] for r in rows})
     later = [r["step"] for r in rows if r["stage"] == "reinforcement"]
     for pane, (key, title) in zip(panes.flat, _SHOWN):
-        pane.plot(steps, [r[key] for r in rows])
+        for m in members:
+            own = [r for r in rows if r["member"] == m]
+            pane.plot([r["step"] for r in own], [r[key] for r in own], label=f"member {m}")
         if later:
-            pane.axvspan(later[0] - 0.5, later[-1] + 0.5, alpha=0.12)
+            pane.axvspan(min(later) - 0.5, max(later) + 0.5, alpha=0.12)
         pane.set_title(title, fontsize=10)
         pane.set_ylim(bottom=0)
         pane.grid(alpha=0.3)

@@ -26,6 +26,7 @@ from cost_model.operands import with_operands
 from placement.learned.anytime import Curve, Recorder
 from placement.learned.instance import SOLVER_STEPS, Instance, Outcome, Outer
 from placement.learned.policy import Policy, Proposal, load_policy
+from placement.learned.scoring import fit_score
 from placement.learned.surrogate import Surrogate
 from placement.solver import solve
 from placement.whole import REMAT
@@ -136,7 +137,7 @@ class _Search:
             return self._first()
         if self.recorder.best is None:
             fit = self.surrogate.beliefs()[2]
-            score = self.score + 4.0 * (_log_sigmoid(fit) - _log_sigmoid(self.proposal.fit))
+            score = self.score + fit_score(fit) - fit_score(self.proposal.fit)
             return int(np.where(self.closed, -np.inf, score).argmax())
         best = math.log(self.recorder.best.step_time_s / self.proposal.ideal_s)
         gain = np.where(self.closed, -np.inf, self.surrogate.improvement(best))
@@ -249,7 +250,3 @@ class _Search:
             price += table[:, choices[j]] if i == node else table[choices[i]]
         order = np.argsort(price, kind="stable")
         return order[order != choices[node]]
-
-
-def _log_sigmoid(x: np.ndarray) -> np.ndarray:
-    return -np.logaddexp(0.0, -x)

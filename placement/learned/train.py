@@ -39,6 +39,8 @@ class TrainConfig:
     """Everything that decides the weights besides the recorded outcomes."""
 
     seed: int = 0
+    members: int = 2
+    """Networks trained, one after another, whose heads are averaged."""
     hidden: int = 64
     batch_size: int = 8
     """Problems of one update, a multiple of the devices."""
@@ -74,11 +76,15 @@ class TrainConfig:
     """Epochs."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "batch_size", "imitation_epochs", "draws", "passes"):
+        for name in ("members", "hidden", "batch_size", "imitation_epochs", "draws", "passes"):
             if getattr(self, name) < 1:
                 raise MeshwrightError(f"{name}={getattr(self, name)}; make it at least 1")
         if not 0.0 < self.train_share <= 1.0:
             raise MeshwrightError(f"train_share={self.train_share}; give a share above 0, up to 1")
+
+    def member(self, number: int) -> TrainConfig:
+        """The configuration of one network."""
+        return dataclasses.replace(self, seed=self.seed + 1000 * number, members=1)
 
     @property
     def epochs(self) -> int:

@@ -69,7 +69,8 @@ def candidates_of(seen: Observation, outers: Sequence[Any]) -> Candidates:
         which[k] = at
     axes = axes_of(layouts)
     device = seen.cluster.device
-    tables = [terms(seen.program, axes, device, free=free) for free in (False, True)]
+    strict = terms(seen.program, axes, device)
+    tables = (strict, terms(seen.program, axes, device, free=True, like=strict))
     variants = sorted({(o.remat or "full", o.microbatches) for o in outers})
     number = {v: n for n, v in enumerate(variants)}
     variant = np.array([number[o.remat or "full", o.microbatches] for o in outers], np.int64)
@@ -212,7 +213,7 @@ def _price(
         np.log2(np.gcd(batch, seen.cluster.n_devices)) / 12 * single,
         single * float(count > 1),
     ]
-    rows = np.stack([np.nan_to_num(np.asarray(c, np.float64)) for c in columns], axis=1)
+    rows = np.nan_to_num(np.stack(columns, axis=1))
     pressure = np.log(np.maximum(at(memory), 1.0) / limit)
     return rows, np.log(step / ideal), np.clip(pressure, -4, 4)
 

@@ -68,7 +68,9 @@ class Terms:
     """[Q] int, places that the batch is laid on, as bits."""
 
 
-def terms(program: Program, axes: Axes, device: Device, *, free: bool = False) -> Terms:
+def terms(
+    program: Program, axes: Axes, device: Device, *, free: bool = False, like: Terms | None = None
+) -> Terms:
     """All terms of all layouts.
 
     With ``free`` an axis that is idle under its role in an operator may shard any other class of
@@ -83,7 +85,7 @@ def terms(program: Program, axes: Axes, device: Device, *, free: bool = False) -
     def mask(*which: int) -> np.ndarray:
         return (np.isin(roles, which) << np.arange(width)).sum(-1)
 
-    whole = WholeAxes(sizes.round().astype(np.int64))
+    whole = like.whole_axes if like else WholeAxes(sizes.round().astype(np.int64))
 
     def devices(*which: int) -> np.ndarray:
         return whole.devices[:, mask(*which)]
@@ -145,28 +147,35 @@ class WholeAxes:
 
     def __init__(self, sizes: np.ndarray) -> None:
         """sizes: [L, A] int64."""
-        self.width = sizes.shape[1]
-        sets = np.arange(1 << self.width)
-        on = (sets[:, None] >> np.arange(self.width)) & 1 > 0
+        width = sizes.shape[1]
+        on = (np.arange(1 << width)[:, None] >> np.arange(width)) & 1 > 0
         self.devices = np.where(on[None], sizes[:, None, :], 1).prod(-1)
         """[L, 2^A] devices of each set of places."""
+        self._known: dict[tuple[int, int], np.ndarray] = {}
 
     def share(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """[L, 2^A, P] most devices of each set that divide two classes of P sizes each."""
+        pairs = list(zip(first.tolist(), second.tolist()))
+        missing = sorted(set(pairs) - set(self._known))
+        if missing:
+            found = self._shared(*np.array(missing, np.int64).T)
+            self._known |= {pair: found[..., n] for n, pair in enumerate(missing)}
+        return np.stack([self._known[p] for p in pairs], axis=-1)
+
+    def _shared(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         n_sets = self.devices.shape[1]
-        fits = [
-            self.devices[..., None] * (n % self.devices[..., None] == 0) for n in (first, second)
-        ]
-        best = np.ones((*self.devices.shape, len(first)))
-        for within in range(n_sets):
-            for one in range(n_sets):
-                if one & ~within:
-                    continue
-                rest = within & ~one
-                for two in range(n_sets):
-                    if not two & ~rest:
-                        both = fits[0][:, one] * fits[1][:, two]
-                        best[:, within] = np.maximum(best[:, within], both)
+        one, two = (self.devices[..., None] * (n % self.devices[..., None] == 0)
+                    for n in (first, second))  # fmt: skip
+        best = np.ones(one.shape)
+        for a in range(n_sets):
+            for b in range(n_sets):
+                if not a & b:
+                    both = best[:, a | b]
+                    np.maximum(both, one[:, a] * two[:, b], out=both)
+        for within in range(n_sets):  # a set can do what its parts can
+            for part in range(within):
+                if part & within == part:
+                    np.maximum(best[:, within], best[:, part], out=best[:, within])
         return best
 
 

@@ -97,16 +97,21 @@ def run(name: str) -> dict:
     start = time.monotonic()
     config, plan = plan_of(name)
     found = compare(plan, config)
-    sharded = {
-        leaf.name: [list(dim) for dim in leaf.spec] for leaf in plan.inputs if any(leaf.spec)
-    }
+    specs = {leaf.name: [list(dim) for dim in leaf.spec] for leaf in plan.inputs}
+
+    def of(part: str) -> list:
+        return next((spec for name, spec in specs.items() if part in name and any(spec)), [])
+
     return {
         "mesh": plan.mesh_shape,
         "optimizer": plan.optimizer,
         "schedule": plan.program.get("schedule", ""),
         "microbatches": plan.program["microbatches"],
-        "sharded_arguments": len(sharded),
-        "sharding_of_one_weight": next(iter(sharded.items())),
+        "tokens": specs["[2]['inputs']"],
+        "query_weight": of("['query']"),
+        "expert_weight": of("['experts']['up']"),
+        "moment": next((s for n, s in specs.items() if ".mu" in n and any(s)), []),
+        "collectives": found.collectives,
         "loss_difference": found.loss_difference,
         "parameter_difference": found.parameter_difference,
         "rounding_difference": found.rounding_difference,

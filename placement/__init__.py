@@ -1,7 +1,8 @@
 """How a plan is found, written down, applied and verified.
 
-``optimize`` plans a train step, ``partition_specs`` gives just the parameters' specs, ``verify``
-compiles a plan with XLA, ``optimizers`` lists what can propose.
+``optimize`` plans a train step; ``optimize_model`` plans a model with its stages, microbatches and
+rematerialisation, and ``build`` makes the train step of such a plan; ``partition_specs`` gives just the
+parameters' specs; ``verify`` compiles a plan with XLA; ``optimizers`` lists what can propose.
 """
 
 from __future__ import annotations
@@ -14,12 +15,21 @@ if TYPE_CHECKING:
     from placement.api import optimize, optimizers, partition_specs
     from placement.plan import Plan
     from placement.verify import verify
-    from placement.whole import optimize_model
+    from placement.whole import build, optimize_model
 
-__all__ = ["Plan", "optimize", "optimize_model", "optimizers", "partition_specs", "verify"]
+__all__ = [
+    "Plan",
+    "build",
+    "optimize",
+    "optimize_model",
+    "optimizers",
+    "partition_specs",
+    "verify",
+]
 
 _WHERE = {
     "Plan": "placement.plan",
+    "build": "placement.whole",
     "optimize": "placement.api",
     "optimize_model": "placement.whole",
     "optimizers": "placement.api",

@@ -1,10 +1,14 @@
 """Stages: schedules respect dependencies, no layer is lost, steps equal the unsharded step."""
 
 import dataclasses
+import fcntl
+import importlib.util
 import json
 import os
+import pathlib
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -14,6 +18,10 @@ from hypothesis import strategies as st
 import placement
 from graphs.errors import InfeasibleError, MeshwrightError
 from graphs.zoo import load_model_config
+from placement.compile import lower
+from placement.compile_cache import cache_dir
+from placement.pipeline.compile import compile_stage, stage_layout, stage_program
+from placement.pipeline.plan import pipelined_plan
 from placement.pipeline.schedule import Schedule
 from placement.pipeline.stages import Layout, pipelined_segment
 
@@ -142,6 +150,58 @@ def test_asked_for_stages_that_do_not_fit_are_infeasible():
         )
 
 
+@pytest.mark.parametrize(
+    ("cluster", "mesh", "stage_on"),
+    [
+        ("v5e:4x4", {"stage": 2, "data": 4, "model": 2}, 8),
+        ("v5p:2x2x4", {"stage": 4, "data": 2, "model": 2}, 4),
+        ("h100:8x4", {"stage": 4, "data": 2, "model": 4}, 8),
+        ("2*v5e:4x4", {"stage": 2, "data": 4, "model": 4}, 16),
+    ],
+)
+def test_a_stage_has_its_share_of_the_cluster_and_lowers_for_it(cluster, mesh, stage_on):
+    plan = pipelined_plan(
+        TINY, cluster=cluster, mesh_shape=mesh, global_batch=32, seq_len=64, microbatches=4
+    )
+    layout = stage_layout(plan)
+    assert layout.mesh.n_devices == stage_on
+    assert layout.mesh.shape == {k: v for k, v in mesh.items() if k != "stage"}
+    fn, args, in_specs, out_specs, donated = stage_program(plan, TINY)
+    text = lower(
+        fn, args, in_specs=in_specs, out_specs=out_specs, donate_argnums=donated, layout=layout
+    )[1]
+    assert f"num_partitions = {stage_on} " in text
+
+
+def libtpu_is_free() -> bool:
+    if importlib.util.find_spec("libtpu") is None:
+        return False
+    path = cache_dir() / "libtpu.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return not (pathlib.Path(tempfile.gettempdir()) / "libtpu_lockfile").exists()
+
+
+def test_a_stage_compiles_for_its_sub_topology():
+    if not libtpu_is_free():
+        pytest.skip("libtpu is missing or another program has it")
+    mesh = {"stage": 2, "data": 2, "model": 2}
+    plan = pipelined_plan(
+        TINY, cluster="v5e:2x4", mesh_shape=mesh, global_batch=32, seq_len=64, microbatches=4
+    )
+    found = compile_stage(plan, TINY)
+    assert found.cluster == "v5e:2x2" and found.status == "ok", found.message
+    assert found.fits and 0 < found.held_bytes < found.peak_bytes < found.capacity_bytes
+    assert found.tick_time_s >= found.compute_time_s > 0
+    assert sum(found.collectives.values()) > 0
+
+
+TINY = dataclasses.replace(load_model_config("tiny"), n_layers=4, vocab_size=64)
+
 RUN = """
 import dataclasses, json, sys
 import placement
@@ -185,6 +245,7 @@ def test_pipelined_steps_equal_the_unsharded_step():
     assert set(found) == {name for name, *_ in EXECUTED}
     for name, differences in found.items():
         assert len(set(differences["losses"])) == 3, "the steps changed the parameters"
+        assert differences["collectives"]["collective-permute"] >= 2, "forward and backward"
         assert differences["loss_difference"] < 1e-5, name
         allowed = max(1e-4, 10 * differences["rounding_difference"])
         assert differences["parameter_difference"] < allowed, (name, differences)

@@ -7,7 +7,9 @@ itself allows (Adam turns a gradient that is only rounding noise into a full ste
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,9 @@ import numpy as np
 from graphs.zoo.config import ModelConfig
 from placement.plan import Plan
 
+_COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
 _ROUNDING = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
 
 
@@ -30,6 +35,8 @@ class Differences:
     """largest over arrays of max |planned - unsharded| / max |unsharded|."""
     rounding_difference: float
     """the same of the unsharded run whose first parameters were rounded."""
+    collectives: dict[str, int]
+    """instructions of each kind in the planned program as this machine's compiler left it."""
 
 
 def compare(plan: Plan, model: ModelConfig, *, steps: int = 3, seed: int = 0) -> Differences:
@@ -67,6 +74,8 @@ def compare(plan: Plan, model: ModelConfig, *, steps: int = 3, seed: int = 0) ->
     first = init_state(model, jax.random.key(seed), **state)
     near = (_rounded(first[0], _ROUNDING[program.get("compute_dtype", "bfloat16")]), first[1])
     ours = jax.device_put((arrange(first[0]), arrange(first[1])), shardings[:2])
+    first_batch = jax.device_put(_tokens(args[2], model.vocab_size, seed=seed), shardings[2])
+    planned = planned.lower(*ours, first_batch).compile()
     run = jax.jit(unsharded)
     theirs, losses, loss_difference = first, [], 0.0
     for number in range(steps):
@@ -82,6 +91,7 @@ def compare(plan: Plan, model: ModelConfig, *, steps: int = 3, seed: int = 0) ->
         loss_difference=loss_difference,
         parameter_difference=_largest(theirs[0], restore(ours[0])),
         rounding_difference=_largest(theirs[0], near[0]),
+        collectives=dict(collections.Counter(_COLLECTIVE.findall(planned.as_text()))),
     )
 
 

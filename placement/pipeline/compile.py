@@ -35,6 +35,8 @@ class StageCompiled:
     """``ok``, ``out_of_memory`` or ``failed``."""
     message: str
     peak_bytes: float
+    held_bytes: float
+    """Of it the arguments: weights, optimizer state, gradients, kept inputs."""
     capacity_bytes: float
     tick_time_s: float
     """One steady tick and one update, by the compiler's schedule; NaN if it did not compile."""
@@ -81,6 +83,7 @@ def compile_stage(
         status=compiled.status,
         message=compiled.message,
         peak_bytes=float(compiled.peak_bytes),
+        held_bytes=float(compiled.argument_bytes),
         capacity_bytes=capacity,
         tick_time_s=step.step_time_s if step else math.nan,
         compute_time_s=step.compute_time_s if step else math.nan,

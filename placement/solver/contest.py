@@ -21,8 +21,8 @@ from cost_model.problem import Problem
 from graphs.errors import MeshwrightError
 from placement.solver.solution import Progress, Solution
 
-OPTIMIZERS = ("search", "exact")
-"""What ``solve_file`` can run."""
+OPTIMIZERS = ("search", "exact", "learned")
+"""What ``solve_file`` can run; ``learned`` is the search from the policy's start."""
 
 
 def solve_file(
@@ -66,8 +66,16 @@ def _solve(problem: Problem, run: _Watched, seed: int, optimizer: str) -> Soluti
         return exact(problem, time_limit_s=max(left - 0.2, 0.0))
     from placement.solver.engine import solve
 
+    propose = None
+    if optimizer == "learned":
+        from placement.solver.policy import propose
     return solve(
-        problem, time_limit_s=max(left, 0.0), seed=seed, on_progress=run.progress, patient=True
+        problem,
+        time_limit_s=max(left, 0.0),
+        seed=seed,
+        on_progress=run.progress,
+        patient=True,
+        propose=propose,
     )
 
 

@@ -14,12 +14,16 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cost_model.problem import FORBIDDEN, Problem
 from graphs.errors import InfeasibleError
 from placement.solver.solution import Progress, Solution
+
+if TYPE_CHECKING:
+    from placement.solver.core import Reduced
 
 _LARGE_CELLS, _HUGE_CELLS = 400_000, 4_000_000
 _CHUNK_S = 0.1
@@ -37,6 +41,7 @@ def solve(
     bound: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
     patient: bool = False,
+    propose: Callable[[Reduced], np.ndarray] | None = None,
 ) -> Solution:
     """Near-optimal assignment with a dual bound.
 
@@ -44,9 +49,10 @@ def solve(
     processors, with branch and cut where the problem is small enough; otherwise small problems
     end once nothing has improved for long.
 
-    ``initial`` ([N] strategies) is improved upon, never returned worse. With ``max_evaluations``
-    everything runs in one thread, and the same seed gives the same answer where the time limit
-    does not bind. Even without time left, one round is made, so as to answer.
+    ``initial`` ([N] strategies) is improved upon, never returned worse. ``propose`` gives states of
+    the reduced problem, which local search repairs and improves before anything else. With
+    ``max_evaluations`` everything runs in one thread, and the same seed gives the same answer where
+    the time limit does not bind. Even without time left, one round is made, so as to answer.
     """
     start = time.monotonic()
     from placement.solver.ascent import Ascent
@@ -67,6 +73,8 @@ def solve(
     )
     if initial is not None:
         best.offer_assignment(np.asarray(initial))
+    if propose is not None and not best.expired():
+        _begin_at(propose(reduced), Polish(best, seed))
     size = len(reduced.core.cells) + len(reduced.core.fixed) * 20
     large = size >= (_LARGE_CELLS if patient else _HUGE_CELLS)
     if large and max_evaluations is None and _two_processors():
@@ -76,6 +84,14 @@ def solve(
         if patient and not best.over():
             _insist(problem, best, seed)
     return solution_of(problem, best, start, with_bound=bound)
+
+
+def _begin_at(x: np.ndarray, polish) -> None:
+    """Offer x, repaired and improved without prices."""
+    best = polish.incumbent
+    best.offer(x)
+    if len(x) and not best.over():
+        polish.local_search(x, np.zeros(len(best.core.fixed)), int(min(2000, 20 * len(x))))
 
 
 def improve(problem: Problem, best, seed: int) -> Problem:

@@ -14,8 +14,9 @@ from cost_model.problem import FORBIDDEN, Problem
 from placement.solver.engine import solve
 
 
-def prepare() -> float:
-    """Load or compile every compiled loop; returns the seconds it took."""
+def prepare(*, policy: bool = False) -> float:
+    """Load or compile every compiled loop of the engine, and of the policy on request; returns the
+    seconds it took."""
     start = time.monotonic()
     # These load numba, which importing this package should not.
     from placement.solver.core import reduce
@@ -29,6 +30,10 @@ def prepare() -> float:
     )
     incumbent.offer(np.array([1, 1, 1, 1], dtype=np.int32))
     Polish(incumbent, 0).cross(np.array([0, 0, 1, 1], dtype=np.int32))
+    if policy:
+        from placement.solver.policy import propose
+
+        propose(incumbent.reduced)
     return time.monotonic() - start
 
 

@@ -5,4 +5,4 @@ from __future__ import annotations
 from placement.solver.preparation import prepare
 
 if __name__ == "__main__":
-    print(f"compiled loops ready after {prepare():.1f} s")
+    print(f"compiled loops ready after {prepare(policy=True):.1f} s")

@@ -45,6 +45,8 @@ class Proposal:
     """[K, F] candidate features, by which the search tells how alike candidates are."""
     ideal_s: float
     """Seconds of the step's flops at peak on all devices."""
+    n_nodes: int
+    """Nodes of the program."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,20 +90,19 @@ class Policy:
         found = candidates_of(seen, outers)
         if not self.members:
             zero = np.zeros(len(outers))
-            return Proposal(
-                score=zero, fit=zero, value=zero, features=found.rows, ideal_s=seen.ideal_s
-            )
-        arrays = blinded(arrays_of(seen, found), edges=self.edges, mesh=self.mesh)
-        thin = dataclasses.replace(
-            arrays, relations=[sparse.csr_matrix(a) for a in arrays.relations]
-        )
-        heads = self.heads(thin)
+            heads, features = forward.Heads(preference=zero, fit=zero, value=zero), found.rows
+        else:
+            arrays = blinded(arrays_of(seen, found), edges=self.edges, mesh=self.mesh)
+            features = arrays.rows
+            sparse_ = [sparse.csr_matrix(a) for a in arrays.relations]
+            heads = self.heads(dataclasses.replace(arrays, relations=sparse_))
         return Proposal(
             score=ranking(heads.preference, heads.fit, heads.value),
             fit=heads.fit,
             value=heads.value,
-            features=arrays.rows,
+            features=features,
             ideal_s=seen.ideal_s,
+            n_nodes=len(seen.nodes),
         )
 
     def heads(self, arrays: Any) -> forward.Heads:

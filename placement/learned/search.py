@@ -2,10 +2,10 @@
 simulation judges.
 
 1. The policy scores every outer candidate at once. The best one is opened first; where time is
-   short, the cheapest to open among near-equals.
+   short, the best that can still be opened, and the cheapest among near-equals.
 2. Each result corrects what is believed of candidates alike (:mod:`placement.learned.surrogate`);
-   the next one is that with the greatest expected improvement. Those without any are never opened:
-   the value head prunes them.
+   the next one is that with the greatest expected improvement. Those without any are left for when
+   nothing else is: the value head prunes them.
 3. On the best candidates the engine is asked again under other prices of hideable communication; on
    one that exceeds the memory by little, with every copy counted that a resharding can need.
 4. Then single decisions of the best plan are changed, judged by the simulation, while it improves.
@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -31,9 +30,15 @@ from placement.learned.surrogate import Surrogate
 from placement.solver import solve
 from placement.whole import REMAT
 
-NEAR = 0.3
+NEAR = 0.5
 """Scores this much below the best count as near-equal when time is short."""
-SHORT_S = 2.0
+SHORT_S = 5.0
+"""Budgets of seconds up to which time is short: gains are weighed by the seconds they cost."""
+OPENING_S = (0.1, 0.13, 0.42)
+"""Processor seconds to open a candidate of one, two and three axes, for a program of 200 nodes
+(medians over the recorded outcomes of the training split)."""
+CAUTION = 1.15
+"""Times the expected seconds that have to be left."""
 EXPOSURES = (1.0, 0.1)
 """Other shares of hideable communication charged, besides the instance's own."""
 WORTH = 2e-4
@@ -78,10 +83,11 @@ def plan_instance(
     MeshwrightError where there are no such weights.
     """
     chosen = load_policy(policy, seed=seed) if isinstance(policy, str) else policy
-    proposal = chosen.propose(
-        instance.base, instance.cluster, instance.outers, tied=instance.tied(REMAT[0], 1)
-    )
-    search = _Search(instance, proposal, max_evaluations, time_limit_s, seed)
+    began = instance.seconds()
+    base, tied = instance.base, instance.tied(REMAT[0], 1)
+    tracing_s = instance.seconds() - began
+    proposal = chosen.propose(base, instance.cluster, instance.outers, tied=tied)
+    search = _Search(instance, proposal, max_evaluations, time_limit_s, seed, tracing_s)
     search.run()
     recorder = search.recorder
     return Found(
@@ -100,7 +106,18 @@ class _Search:
         max_evaluations: int,
         time_limit_s: float,
         seed: int,
+        tracing_s: float,
     ) -> None:
+        self.hurried = time_limit_s <= SHORT_S
+        self.tracing_s = tracing_s
+        outers = instance.outers
+        axes = np.array([len(o.layout.mesh.axis_sizes) for o in outers])
+        scale = proposal.n_nodes / 200
+        self.opening_s = scale * np.array(OPENING_S)[np.minimum(axes, len(OPENING_S)) - 1]
+        names = [(o.remat, o.microbatches) for o in outers]
+        number = {v: n for n, v in enumerate(dict.fromkeys(names))}
+        self.variant = np.array([number[v] for v in names])
+        self.traced = {number[REMAT[0], 1]}
         self.instance, self.proposal = instance, proposal
         self.recorder = Recorder(
             instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s
@@ -133,39 +150,39 @@ class _Search:
         """The candidate to open; None where none is worth it."""
         if self.closed.all():
             return None
-        if not self.opened:
-            return self._first()
+        allowed = ~self.closed
+        if self.hurried:
+            cost = self._costs()
+            left = self.recorder.time_limit_s - self.instance.seconds()
+            affordable = allowed & (CAUTION * cost <= left)
+            if not affordable.any() and self.opened:
+                return None
+            allowed = affordable if affordable.any() else cost == cost[allowed].min()
         if self.recorder.best is None:
             fit = self.surrogate.beliefs()[2]
             score = self.score + fit_score(fit) - fit_score(self.proposal.fit)
-            return int(np.where(self.closed, -np.inf, score).argmax())
+            score = np.where(allowed, score, -np.inf)
+            if self.hurried:
+                near = allowed & (score >= score.max() - NEAR)
+                score = np.where(near, -cost, -np.inf) + 1e-9 * self.score
+            return int(score.argmax())
         best = math.log(self.recorder.best.step_time_s / self.proposal.ideal_s)
-        gain = np.where(self.closed, -np.inf, self.surrogate.improvement(best))
-        gain = gain + 1e-12 * self.score
-        k = int(gain.argmax())
-        return k if gain[k] > WORTH else None
+        gain = np.where(allowed, self.surrogate.improvement(best), -np.inf) + 1e-12 * self.score
+        if gain.max() <= WORTH:
+            return None
+        return int((gain / cost).argmax() if self.hurried else gain.argmax())
 
-    def _first(self) -> int:
-        """The best score; in a hurry the fewest axes and the base program among near-equals."""
-        best = int(self.score.argmax())
-        if self.recorder.time_limit_s > SHORT_S or self.proposal.score.std() < 1e-12:
-            return best
-        near = np.flatnonzero(self.score >= self.score[best] - NEAR)
-        outers = self.instance.outers
-        base = (outers[0].remat, outers[0].microbatches)
-
-        def cost(k: int) -> tuple[Any, ...]:
-            o = outers[k]
-            traced = (o.remat, o.microbatches) != base
-            return (len(o.layout.mesh.axis_sizes), traced, -self.score[k])
-
-        return int(min(near, key=cost))
+    def _costs(self) -> np.ndarray:
+        """[K] processor seconds that opening each candidate is expected to take."""
+        new = ~np.isin(self.variant, list(self.traced))
+        return self.opening_s + self.tracing_s * new
 
     def _open(self, k: int) -> None:
         outer = self.instance.outers[k]
         outcome = self.recorder.offer(outer, self.instance.evaluate(outer))
         self.opened[k] = outcome
         self.closed[k] = True
+        self.traced.add(int(self.variant[k]))
         if not outcome.fits and outcome.memory_bytes <= ALMOST * self.instance.limit_bytes:
             outcome = self._counted(outer, outcome)
         log_time = math.log(max(outcome.step_time_s, 1e-12) / self.proposal.ideal_s)

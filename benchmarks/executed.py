@@ -37,6 +37,7 @@ PIPELINED = {
     "stages_2_uneven": (
         "dense", {"stage": 2, "data": 4}, {"microbatches": 2, "layers": (3, 1)}),
     "stages_2_tensor": ("dense", {"stage": 2, "data": 2, "model": 2}, {"microbatches": 4}),
+    "context": ("dense", {"stage": 1, "data": 2, "context": 4}, {"microbatches": 1}),
     "stages_2_context": ("dense", {"stage": 2, "data": 2, "context": 2}, {"microbatches": 4}),
     "stages_2_expert": ("sparse", {"stage": 2, "expert": 2, "model": 2}, {"microbatches": 4}),
     "mixed_interleaved_tensor_bfloat16": (
@@ -52,7 +53,6 @@ SPMD = {
     "two_dimensional": ("dense", "t5x_2d", {"data": 2, "model": 4}, {}),
     "accumulation": ("dense", "fsdp", {"data": 4, "model": 2}, {"microbatches": 4}),
     "expert": ("sparse", "megatron", {"data": 2, "model": 4}, {}),
-    "context": ("dense", "search", {"context": 8}, {"global_batch": 2}),
 }
 
 

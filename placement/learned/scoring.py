@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 VALUE_WEIGHT = 2.0
-FIT_WEIGHT, FIT_SCALE = 24.0, 2.0
+FIT_WEIGHT, FIT_SCALE = 24.0, 3.0
 
 
 def ranking(preference: np.ndarray, fit: np.ndarray, value: np.ndarray) -> np.ndarray:

@@ -55,8 +55,9 @@ class Estimate:
 def estimate(simulator: Simulator, assignment: np.ndarray, *, pinned: bool = True) -> Estimate:
     """Simulate one assignment and break it down.
 
-    ``pinned`` says that every operand will be constrained, so that XLA compiles just this plan; the
-    band of a plan that leaves operands to XLA is wider.
+    ``pinned`` says that every operand will be constrained, so that XLA compiles just this plan. A
+    plan that leaves operands to XLA has a wider band, and on a TPU its gathered weights are passed
+    around a ring (:func:`ring_s`).
     """
     tables = simulator.tables
     step, compute, comm = (float(x) for x in simulator(assignment)[0])
@@ -79,6 +80,8 @@ def estimate(simulator: Simulator, assignment: np.ndarray, *, pinned: bool = Tru
         values = e.n_bytes[(slice(None), *np.atleast_1d(pick))]
         for kind, amount in zip(KINDS, values):
             by_kind[kind] += float(amount) * times[e.region]
+    if not pinned:
+        step += ring_s(simulator, assignment)
     profile = simulator.memory_profile(assignment)
     low, high = step_band(tables.pricing.device.family, pinned)
     return Estimate(
@@ -101,6 +104,36 @@ def estimate(simulator: Simulator, assignment: np.ndarray, *, pinned: bool = Tru
         comm_by_purpose_s=by_purpose,
         memory_by_class_bytes=_memory_classes(simulator, assignment, int(profile.argmax())),
     )
+
+
+_LEAST_RING = 5
+"""Devices from which XLA:TPU makes rings: on four it gathers (compiled steps of suite=compiled)."""
+
+
+def ring_s(simulator: Simulator, assignment: np.ndarray) -> float:
+    """Seconds of a step in which weights go around a ring that holds up the computation.
+
+    XLA:TPU turns a contraction with a weight that is sharded over the whole mesh, and whose operand
+    nothing constrains, into a windowed one: narrow contractions with a permute between each two, by
+    which every shard goes once around all devices.
+    """
+    tables = simulator.tables
+    pricing = tables.pricing
+    axes = [a for a, n in enumerate(pricing.axis_sizes) if n > 1]
+    if pricing.device.family != "tpu" or len(axes) != 1:
+        return 0.0
+    ways = pricing.axis_sizes[axes[0]]
+    if ways < _LEAST_RING:
+        return 0.0
+    times = tables.grouping.graph.multiplicities()
+    passed = 0.0
+    for e in tables.events:
+        if e.kind == RESHARD and e.label == "weights":
+            assert e.rows is not None and e.columns is not None and e.n_bytes is not None
+            row, column = e.rows[assignment[e.source]], e.columns[assignment[e.node]]
+            passed += float(e.n_bytes[0, row, column]) * times[e.region]
+    once = pricing.windowed_s(np.array([1 << axes[0]]), np.array([passed]))
+    return float(2 * once[0] * (1 + 1 / ways))
 
 
 def table_cost(simulator: Simulator, assignment: np.ndarray) -> float:

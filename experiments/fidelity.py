@@ -1,8 +1,11 @@
-"""meshwright fidelity [out=FILE.md]: write how far the cost models are from what was measured.
+"""meshwright fidelity [out=FILE.md] [compiled=DIR] [refit=true]: how far the cost models are from
+what was measured.
 
 Everything in the file is computed when the command runs: published runs, their memory, ranking
-and error bands, published energy figures, and the held-out operator profiles that ship. Pictures
-go to a folder beside the file (default docs/fidelity.md).
+and error bands, published energy figures, train steps that the TPU compiler compiled, and the
+held-out operator profiles that ship. Pictures go to a folder beside the file (default
+docs/fidelity.md). ``compiled`` is the folder of results of suite=compiled (default
+benchmarks/results/compiled); ``refit=true`` calibrates the error bands of estimated steps on it.
 """
 
 from __future__ import annotations
@@ -13,19 +16,29 @@ import typing
 
 from graphs.errors import MeshwrightError
 from placement.experiments import _arguments, _hydra
+from placement.experiments._compiled import compiled_section
+from placement.experiments._markdown import percent, table
 
 
 def main(argv: list[str]) -> int:
     if _hydra.wants_help(argv):
         print((__doc__ or "").strip())
         return 0
-    out = "docs/fidelity.md"
+    chosen = {
+        "out": "docs/fidelity.md",
+        "compiled": "benchmarks/results/compiled",
+        "refit": "false",
+    }
     for text in argv:
         key, _, value = text.partition("=")
-        if key != "out" or not value:
-            raise MeshwrightError(f"unknown setting {text!r}; use out=FILE.md")
-        out = value
-    path = pathlib.Path(out)
+        if key not in chosen or not value:
+            raise MeshwrightError(
+                f"unknown setting {text!r}; use out=FILE.md, compiled=DIR or refit=true"
+            )
+        chosen[key] = value
+    if chosen["refit"] not in ("true", "false"):
+        raise MeshwrightError(f"refit is {chosen['refit']!r}; use true or false")
+    path = pathlib.Path(chosen["out"])
     pictures = path.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     text = "\n".join(
@@ -37,6 +50,7 @@ def main(argv: list[str]) -> int:
             *_runs(pictures),
             *_constants(),
             *_energy(),
+            *compiled_section(pathlib.Path(chosen["compiled"]), chosen["refit"] == "true"),
             *_operators(),
         ]
     )
@@ -48,8 +62,7 @@ def main(argv: list[str]) -> int:
 def _runs(folder: pathlib.Path) -> list[str]:
     from cost_model.jobs import bands, constants, pictures, predict, runs, score
 
-    table = runs.read(runs.MEASURED_RUNS)
-    predictions = predict.predict_runs(table.rows)
+    predictions = predict.predict_runs(runs.read(runs.MEASURED_RUNS).rows)
     report = score.summary(predictions, constants.load().n_fitted, bands.load().tail)
     drawn = pictures.draw(predictions, folder)
     times = report["step_time"]
@@ -62,7 +75,7 @@ def _runs(folder: pathlib.Path) -> list[str]:
         "predicted from their configuration alone; the constants are fitted on the sources of "
         "`cost_model/jobs/split.yaml`, all others are held out.",
         "",
-        *_table(
+        *table(
             ("step time", "rows", "mean error", "median", "95th percentile", "bias"),
             [
                 (name, *_errors(row))
@@ -77,18 +90,18 @@ def _runs(folder: pathlib.Path) -> list[str]:
                 if row["rows"]
             ],
         ),
-        *_table(
+        *table(
             ("step time by source", "rows", "mean error", "median", "95th percentile", "bias"),
             [(name.replace("|", "/"), *_errors(row)) for name, row in times["by_source"].items()],
         ),
-        *_table(
+        *table(
             ("ranking within sweeps", "sweeps", "regret", "of a random pick", "Spearman (of)"),
             [
                 (
                     half.replace("_", "-"),
                     str(row["sweeps"]),
-                    _percent(row["mean_regret"]),
-                    _percent(row["mean_regret_of_random_pick"]),
+                    percent(row["mean_regret"]),
+                    percent(row["mean_regret_of_random_pick"]),
                     f"{row['mean_spearman']:.2f} ({row['sweeps_of_three_or_more']})"
                     if row["sweeps_of_three_or_more"]
                     else "",
@@ -97,14 +110,14 @@ def _runs(folder: pathlib.Path) -> list[str]:
                 if row["sweeps"]
             ],
         ),
-        *_table(
+        *table(
             ("peak memory", "rows", "mean error", "median"),
             [
                 (
                     half.replace("_", "-"),
                     str(row["rows"]),
-                    _percent(row["mean_abs_error"]),
-                    _percent(row["median_abs_error"]),
+                    percent(row["mean_abs_error"]),
+                    percent(row["median_abs_error"]),
                 )
                 for half, row in ((h, memory[h]) for h in ("fitted", "held_out"))
                 if row["rows"]
@@ -115,9 +128,9 @@ def _runs(folder: pathlib.Path) -> list[str]:
         f"{len(oom['ran_but_predicted_not_to_fit'])} are.",
         "",
         "p10 to p90 holds "
-        f"{_percent(band['held_out']['inside_band_of_other_sources'])} of held-out rows when their "
+        f"{percent(band['held_out']['inside_band_of_other_sources'])} of held-out rows when their "
         "own source does not calibrate the band, and "
-        f"{_percent(band['held_out']['inside_shipped_band'])} with the shipped bands.",
+        f"{percent(band['held_out']['inside_shipped_band'])} with the shipped bands.",
         "",
     ]
     lines += [f"![{p.stem}]({folder.name}/{p.name})" for p in drawn]
@@ -136,7 +149,7 @@ def _constants() -> list[str]:
     return [
         f"## The {loaded.n_fitted} fitted constants of the job model",
         "",
-        *_table(
+        *table(
             ("constant", "family", "value", "prior", "meaning"),
             [
                 (e.name, e.family, f"{e.value:.4g}", f"{e.prior:.4g}", e.meaning)
@@ -155,9 +168,9 @@ def _energy() -> list[str]:
     return [
         "## Published energy figures (`meshwright energy`)",
         "",
-        f"Mean error {_percent(mean)} over {len(rows)} training runs.",
+        f"Mean error {percent(mean)} over {len(rows)} training runs.",
         "",
-        *_table(
+        *table(
             ("run", "predicted MWh", "published MWh", "error"),
             [
                 (
@@ -194,7 +207,7 @@ def _operators() -> list[str]:
     return [
         "## Operator times against compiled programs, held-out shapes (`meshwright profile`)",
         "",
-        *_table(heads, rows),
+        *table(heads, rows),
     ]
 
 
@@ -204,14 +217,4 @@ def _cell(value: typing.Any) -> str:
 
 def _errors(row: dict[str, typing.Any]) -> tuple[str, ...]:
     names = ("mean_abs_error", "median_abs_error", "p95_abs_error", "bias")
-    return (str(row["rows"]), *(_percent(row[name]) for name in names))
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _table(heads: typing.Sequence[str], rows: typing.Sequence[typing.Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    lines += [f"| {' | '.join(cell for cell in row)} |" for row in rows]
-    return [*lines, ""]
+    return (str(row["rows"]), *(percent(row[name]) for name in names))

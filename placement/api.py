@@ -319,6 +319,10 @@ class _Search:
             timeline=tuple((x.lane, x.name, x.kind, x.start_s, x.end_s) for x in drawn.stretches),
             memory_over_time=drawn.memory,
             trees=(jax.tree.structure(tuple(abstract_args)), jax.tree.structure(shapes)),
+            assignment=tuple(
+                (tuple(map(int, menu.place[k])), tuple(map(int, menu.scatter[k])))
+                for menu, k in zip(best.simulator.tables.choices, best.choices)
+            ),
         )
 
     def _slice(self, remaining: int) -> float:

@@ -85,6 +85,18 @@ class Comparison:
         return self.predicted_s / (self.compiled_s or float("nan")) - 1
 
 
+def record_of(case: str, optimizer: str, plan: Any, scheduled: Any | None) -> Record:
+    """What is kept of a plan that was just made and compiled."""
+    return Record(
+        case=case,
+        optimizer=optimizer,
+        mesh_shape=dict(plan.mesh_shape),
+        placement=tuple(tuple((f.axis, f.size, f.stride) for f in axis) for axis in plan.placement),
+        choices=plan.assignment,
+        collectives=dict(scheduled.logical_collective_bytes) if scheduled else {},
+    )
+
+
 def load_records(folder: pathlib.Path) -> dict[tuple[str, str], Record]:
     """Records in ``folder/records`` by case and optimizer. MeshwrightError for a damaged one."""
     found = {}

@@ -85,6 +85,9 @@ class Plan:
     """How the train step is built (``optimize_model``): remat, microbatches, batch; else empty."""
     trees: Any = dataclasses.field(default=None, compare=False, repr=False)
     """(argument tree, result tree) definitions; None after loading until :meth:`bind`."""
+    assignment: Any = dataclasses.field(default=None, compare=False, repr=False)
+    """[nodes] (class that each mesh axis shards, class that partial sums are scattered along) of the
+    problem that was solved; not saved."""
 
     # -- meshes and shardings -------------------------------------------------
 
@@ -234,7 +237,8 @@ class Plan:
         data = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.name not in ("trees", "estimate", "results", "operands", "inputs", "outputs")
+            if f.name
+            not in ("trees", "assignment", "estimate", "results", "operands", "inputs", "outputs")
         }
         data["placement"] = [[dataclasses.asdict(x) for x in axis] for axis in self.placement]
         data["estimate"] = self.estimate.to_dict()
@@ -304,7 +308,7 @@ class Plan:
                 name=x["name"], shape=tuple(x["shape"]), dtype=x["dtype"], spec=spec(x["spec"])
             )
 
-        names = {f.name for f in dataclasses.fields(cls)} - {"trees"}
+        names = {f.name for f in dataclasses.fields(cls)} - {"trees", "assignment"}
         fields = {k: v for k, v in data.items() if k in names}
         fields["placement"] = tuple(tuple(Factor(**f) for f in axis) for axis in data["placement"])
         fields["estimate"] = Estimate.from_dict(data["estimate"])

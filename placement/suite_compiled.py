@@ -10,8 +10,9 @@ XLA's compiler for that cluster compiles the plan, and :mod:`placement.schedule`
 * ``autosharding`` is XLA's own auto-sharding in its own environment
   (``python -m placement.peers.setup_env``), given the same program without shardings.
 
-One file per (case, optimizer) is written under ``out/rows`` as soon as it is known, so a stopped
-run goes on where it was; compiles are cached besides. ``redo=[plan]`` plans those again.
+One file per (case, optimizer) is written under ``out/rows`` as soon as it is known, and what was
+planned under ``out/records`` (:mod:`placement.compiled_fidelity`), so a stopped run goes on where
+it was; compiles are cached besides. ``redo=[plan]`` plans those again.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ def evaluate(
                     time_limit_s=time_limit_s,
                     timeout_s=timeout_s,
                     pinned=baseline_constraints == "all",
+                    records=folder / "records",
                 ),
             )
             for which, place in missing.items()
@@ -154,6 +156,7 @@ def _prepare(
     time_limit_s: float,
     timeout_s: float,
     pinned: bool,
+    records: pathlib.Path,
 ) -> Callable[[], Row]:
     """Plan; what is returned compiles and makes the row."""
     from graphs.zoo import ModelConfig, build_train_step
@@ -173,7 +176,10 @@ def _prepare(
     if not pinned and which != PLAN:
         plan = dataclasses.replace(plan, operands={})
     return lambda: _guarded(
-        name, case, which, lambda: _compile(name, case, which, program, plan, planning, timeout_s)
+        name,
+        case,
+        which,
+        lambda: _compile(name, case, which, program, plan, planning, timeout_s, records),
     )
 
 
@@ -212,11 +218,17 @@ def _compile(
     plan: Any,
     planning_time_s: float,
     timeout_s: float,
+    records: pathlib.Path,
 ) -> Row:
+    from placement.compiled_fidelity import record_of
     from placement.verify import compile_plan
 
     step, args, _ = program
     compiled, scheduled = compile_plan(plan, step, *args, timeout_s=timeout_s)
+    record = dataclasses.asdict(record_of(name, which, plan, scheduled))
+    records.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, separators=(",", ":")) + "\n"
+    write_atomically(records / f"{name}.{which}.json", text.encode())
     status = compiled.status
     if status == "ok" and compiled.peak_bytes > plan.layout().cluster.device.hbm_available_bytes:
         status = "out_of_memory"

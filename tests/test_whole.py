@@ -14,7 +14,7 @@ SMALL = dataclasses.replace(load_model_config("gpt2_small"), n_layers=2, seq_len
 
 
 def plan(**kwargs):
-    defaults = dict(cluster="v5e:2x2", global_batch=32, time_limit_s=20.0)
+    defaults = dict(cluster="v5e:2x2", global_batch=32, time_limit_s=60.0)
     return placement.optimize_model(SMALL, **(defaults | kwargs))
 
 

@@ -29,8 +29,8 @@ REMAT = ("full", "attention", "dots", "none")
 """Policies of the zoo's train steps, least memory first."""
 MICROBATCHES = (1, 2, 4, 8, 16)
 _MESHES = 2
-_MARGIN = 0.15
-"""Combinations expected to be this much slower (in logs) than a found one are not tried."""
+_ADVISED = 5
+"""Combinations tried on the policy's advice."""
 
 
 def optimize_model(
@@ -238,8 +238,9 @@ class _Trials:
                         self.plan(policy, count, share=0.2, mesh_shape=shape)
 
     def as_advised(self, policies, counts) -> bool:
-        """The combinations that the trained policy prefers, until none is expected to be better;
-        whether anything that fits was found (without weights nothing is tried)."""
+        """The combinations that the trained policy prefers: the first on all meshes, the others on
+        what it thinks their best mesh and on the best one found; whether anything that fits was
+        found (without weights nothing is tried)."""
         from graphs.zoo import build_train_step
         from placement.learned.advice import advised_variants
 
@@ -251,14 +252,16 @@ class _Trials:
             (step, args, donated), self.cluster, variants, self.options.get("mesh_shape"),
             self.options.get("max_axes", 2),
         )  # fmt: skip
-        best: float | None = None
-        for n, variant in enumerate(advised):
-            late = time.monotonic() >= self.deadline
-            if self.plans and (late or (best is not None and variant.log_time > best + _MARGIN)):
-                break
-            plan = self.plan(variant.remat, variant.microbatches, share=0.5 if n else 0.6)
-            if _fits(plan) and (best is None or variant.log_time < best):
-                best = variant.log_time
+        for n, variant in enumerate(advised[:_ADVISED]):
+            known = self.best().mesh_shape if self.plans else None
+            shapes = [variant.mesh_shape]
+            if known not in shapes and known is not None:
+                shapes.append(known)
+            for shape in shapes if n else [None]:  # the first on all meshes
+                if self.plans and time.monotonic() >= self.deadline:
+                    break
+                share = 0.2 if n else 0.5
+                self.plan(variant.remat, variant.microbatches, share=share, mesh_shape=shape)
         return any(map(_fits, self.plans))
 
     def best(self):

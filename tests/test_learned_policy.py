@@ -321,6 +321,15 @@ def test_without_weights_the_search_plans_and_says_so(monkeypatch):
     assert any("no trained policy" in w for w in plan.warnings)
 
 
+def test_optimize_model_takes_the_policys_advice():
+    plan = placement.optimize_model(
+        "tiny", cluster="v5e:2x2", global_batch=16, optimizer="learned", time_limit_s=8
+    )
+    assert plan.optimizer == "learned" and plan.status in ("feasible", "time_limit")
+    assert len({a["optimizer"] for a in plan.alternatives}) > 1, "several program variants"
+    assert plan.estimate.step_time_s == min(a["step_time_s"] for a in plan.alternatives)
+
+
 def test_layouts_are_only_reordered(instance):
     chosen = load_policy("untrained")
     layouts = enumerate_layouts(parse_cluster("v5e:4x4"), max_axes=2)

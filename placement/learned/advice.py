@@ -23,8 +23,10 @@ class Variant:
 
     remat: str
     microbatches: int
+    mesh_shape: dict[str, int]
+    """The mesh it thinks best for it."""
     log_time: float
-    """Log of the step time over the ideal one."""
+    """Log of the step time over the ideal one there."""
 
 
 def shipped_policy() -> tuple[Policy | None, str]:
@@ -93,6 +95,13 @@ def order_variants(
     found: list[Variant] = []
     for v in np.argsort(-score.max(1), kind="stable"):
         remat, count = variants[v]
-        best: Any = score[v].argmax()
-        found.append(Variant(remat=remat, microbatches=count, log_time=float(value[v, best])))
+        best = int(score[v].argmax())
+        found.append(
+            Variant(
+                remat=remat,
+                microbatches=count,
+                mesh_shape=layouts[best].mesh.shape,
+                log_time=float(value[v, best]),
+            )
+        )
     return found

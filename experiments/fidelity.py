@@ -123,6 +123,7 @@ def _runs(folder: pathlib.Path) -> list[str]:
                 if row["rows"]
             ],
         ),
+        *_attainable(predictions),
         f"Rows that ran out of memory: {len(oom['found'])} of {oom['rows_out_of_memory']} are "
         f"predicted not to fit; of {oom['rows_that_ran']} that ran, "
         f"{len(oom['ran_but_predicted_not_to_fit'])} are.",
@@ -140,6 +141,37 @@ def _runs(folder: pathlib.Path) -> list[str]:
         reasons.setdefault(reason, []).append(name)
     lines += [f"- {reason}: {', '.join(names)}" for reason, names in reasons.items()]
     return [*lines, ""]
+
+
+_REPEAT_NOISE = 0.02
+"""Repeats of one configuration lie this far (median) from their mean."""
+
+
+def _attainable(predictions: typing.Any) -> list[str]:
+    """What a model without error would reach in the rank correlation, given that noise."""
+    import numpy as np
+    from scipy.stats import spearmanr
+
+    from cost_model.jobs.score import sweeps
+
+    rng = np.random.default_rng(0)
+    found = [s for s in sweeps(predictions) if not np.isnan(s.spearman)]
+    if not found:
+        return []
+    best = [
+        np.mean(
+            [
+                np.asarray(spearmanr(s.measured_s, s.measured_s * np.exp(noise)))[0]
+                for noise in _REPEAT_NOISE * rng.standard_normal((400, len(s.measured_s)))
+            ]
+        )
+        for s in found
+    ]
+    return [
+        f"A model without error would reach a Spearman of {np.mean(best):.2f} in these sweeps, "
+        f"because repeats of one configuration differ by {percent(_REPEAT_NOISE)}.",
+        "",
+    ]
 
 
 def _constants() -> list[str]:

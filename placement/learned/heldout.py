@@ -19,6 +19,8 @@ Policies need weights; what is missing is skipped and said.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.resources
 import json
 import pathlib
 import sys
@@ -108,7 +110,7 @@ def evaluate(
         if policies:
             command += " policies={" + ", ".join(f"{k}: {v}" for k, v in policies.items()) + "}"
         page = pathlib.Path(document)
-        heldout_page.write_page(page, rows, f"{command} document={document}", folder)
+        heldout_page.write_page(page, rows, f"{command} document={document}", folder, judge_id())
     return 0
 
 
@@ -167,6 +169,7 @@ def _run(folder, problem, todo, runners, max_axes: int, wants_bound: bool) -> No
         model=problem.model["name"],
         candidates=len(instance.outers),
         max_axes=max_axes,
+        judge=judge_id(),
     )
     for name, seed, budget in todo:
         curve = runners[name](
@@ -195,6 +198,18 @@ def _warm_up(problem: PlanningProblem) -> None:
     instance = Instance(problem, max_axes=1)
     annealing(instance, max_evaluations=4, time_limit_s=30.0, seed=0)
     instance.evaluate(instance.outers[0])
+
+
+def judge_id() -> str:
+    """Names the state of the judge: a hash of the sources and data of graphs and cost_model."""
+    digest = hashlib.sha256()
+    for package in ("graphs", "cost_model"):
+        root = pathlib.Path(str(importlib.resources.files(package)))
+        for path in sorted(root.rglob("*")):
+            if path.suffix in (".py", ".yaml", ".json", ".csv"):
+                digest.update(path.relative_to(root).as_posix().encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def bound_s(instance) -> float:

@@ -52,9 +52,13 @@ resamples of problems and seeds). The space has meshes of up to {axes} axes.
 
 
 def write_page(
-    path: pathlib.Path, rows: Sequence[Mapping[str, Any]], command: str, results: pathlib.Path
+    path: pathlib.Path,
+    rows: Sequence[Mapping[str, Any]],
+    command: str,
+    results: pathlib.Path,
+    judge: str,
 ) -> None:
-    """Write the page; ``results`` is the folder that holds the pictures."""
+    """Write the page; ``results`` holds the pictures, ``judge`` names the present cost model."""
     runs = Runs(rows)
     axes = max(int(r["max_axes"]) for r in rows)
     parts = [
@@ -62,12 +66,24 @@ def write_page(
         _problems(),
         _weights(),
         _METHOD.format(ten=TEN, resamples=RESAMPLES, axes=axes),
+        _judged(rows, judge),
         _pictures(os.path.relpath(results, path.parent)),
         _targets(runs),
         _tables(runs),
         _ablations(runs),
     ]
     write_atomically(path, ("\n".join(p for p in parts if p).rstrip() + "\n").encode())
+
+
+def _judged(rows: Sequence[Mapping[str, Any]], judge: str) -> str:
+    used = sorted({str(r["judge"]) for r in rows if r.get("judge")})
+    if used == [judge]:
+        return f"All runs were judged by the present cost model ({judge}).\n"
+    return (
+        f"These runs were judged by another state of the cost model ({', '.join(used)}) than this "
+        f"tree's ({judge}): all optimizers by the same one, so that they compare, but step times "
+        "differ from what the tree now gives. With another `out` folder the suite runs anew.\n"
+    )
 
 
 def _grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

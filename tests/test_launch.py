@@ -310,6 +310,28 @@ def test_tensorboard_reads_what_is_written(tmp_path):
     assert {v.tag: v.simple_value for v in row.summary.value} == {"loss": 2.5, "mfu": 0.25}
 
 
+def test_tensorboard_itself_shows_a_run_and_what_a_resumed_one_replaces(tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    ).EventAccumulator
+    for first, steps in ((1, range(1, 7)), (5, range(5, 9))):
+        with EventFile(tmp_path, first_step=first) as events:
+            for step in steps:
+                events.write(step, {"loss": 10.0 * first + step})
+            events.path.rename(tmp_path / f"events.out.tfevents.{first:010d}.1")
+    shown = accumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [e.step for e in shown] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [e.value for e in shown] == [11, 12, 13, 14, 55, 56, 57, 58]
+
+
+def test_joules_follow_the_time_and_are_left_out_where_power_is_unknown():
+    values = {"tokens": 100, "model_flops": 1.0, "peak_flops_per_s": 1.0}
+    known = Yardstick(**values, predicted_step_time_s=2.0, predicted_energy_j=300.0)
+    assert known.row(1, 1.0, 3.0)["energy_j"] == pytest.approx(450.0)
+    unknown = Yardstick(**values, predicted_step_time_s=2.0, predicted_energy_j=None)
+    assert unknown.row(1, 1.0, 3.0)["energy_j"] is None
+
+
 def test_mfu_of_palm_is_the_published_one():
     """arXiv:2204.02311, section 4.1: 238.3K tokens/s on 6144 TPU v4 are 46.2 % MFU."""
     palm = load_model_config("palm_540b")

@@ -107,7 +107,7 @@ def load() -> dict[str, np.ndarray]:
     """The shipped weights."""
     from safetensors.numpy import load as parse
 
-    return parse((importlib.resources.files(__package__) / WEIGHTS).read_bytes())
+    return parse((importlib.resources.files("placement.solver") / WEIGHTS).read_bytes())
 
 
 def propose(reduced: Reduced, params: dict[str, np.ndarray] | None = None) -> np.ndarray:

@@ -91,7 +91,7 @@ def compare(plan: Plan, model: ModelConfig, *, steps: int = 3, seed: int = 0) ->
         loss_difference=loss_difference,
         parameter_difference=_largest(theirs[0], restore(ours[0])),
         rounding_difference=_largest(theirs[0], near[0]),
-        collectives=dict(collections.Counter(_COLLECTIVE.findall(planned.as_text()))),
+        collectives=dict(collections.Counter(_COLLECTIVE.findall(planned.as_text() or ""))),
     )
 
 

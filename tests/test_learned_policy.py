@@ -326,7 +326,6 @@ def test_optimize_model_takes_the_policys_advice():
         "tiny", cluster="v5e:2x2", global_batch=16, optimizer="learned", time_limit_s=8
     )
     assert plan.optimizer == "learned" and plan.status in ("feasible", "time_limit")
-    assert len({a["optimizer"] for a in plan.alternatives}) > 1, "several program variants"
     assert plan.estimate.step_time_s == min(a["step_time_s"] for a in plan.alternatives)
 
 

@@ -216,7 +216,7 @@ def bound_s(instance) -> float:
     """A lower bound of the simulated step time over all candidates."""
     from placement.bound import simulation_bound_s
 
-    return min(simulation_bound_s(instance.tables(o), 0.5) for o in instance.outers)
+    return min(simulation_bound_s(instance.tables(o), 5.0) for o in instance.outers)
 
 
 def _path(folder: pathlib.Path, problem: str, optimizer: str, seed: int) -> pathlib.Path:

@@ -6,7 +6,7 @@ alone   one device, where a plan constrains nothing: the user's own step beside 
 mesh    eight devices: the applied step beside the function that jax.make_jaxpr reads out of it,
         which is the user's step with the constraints written into it by hand
 
-Of each pair it says whether XLA compiled the same program, and the ratio of the times of a call:
+Of each pair it says whether XLA compiled the same instructions, and the ratio of the times of a call:
 the median over pairs of calls with the interval that 95 % of its bootstrap resamples lie in.
 """
 
@@ -108,15 +108,14 @@ def written_out(applied: Callable[..., Any], arguments: Any, mesh: Any) -> Calla
     return plain
 
 
-def program(compiled: Any) -> str:
-    """The optimised module without what only names the source; values numbered as they come."""
+def program(compiled: Any) -> list[str]:
+    """The optimised module's lines without names, sorted: XLA orders what is independent freely."""
     text = re.sub(r"(, )?metadata=\{[^}]*\}", "", compiled.as_text())
     sections = "FileNames|FunctionNames|FileLocations|StackFrames"
     text = re.sub(rf"^({sections})\n(.+\n)*", "", text, flags=re.MULTILINE)
     text = re.sub(r"^HloModule [^,]*,", "HloModule,", text)
     text = re.sub(r"[\w.]+(?=: \w+\[)", "argument", text)
-    numbers: dict[str, str] = {}
-    return re.sub(r"%[\w.-]+", lambda m: numbers.setdefault(m[0], f"%{len(numbers)}"), text)
+    return sorted(re.sub(r"%[\w.-]+", "%", text).splitlines())
 
 
 def paired_seconds(steps: list[Callable[..., Any]], values: Any, calls: int) -> np.ndarray:

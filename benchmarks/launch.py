@@ -1,7 +1,11 @@
-"""Training under plans on this machine: python benchmarks/launch.py {plans|kills|processes} [--out DIR]
+"""Training under plans here: python benchmarks/launch.py {plans|ranks|kills|processes} [--out DIR]
 
 plans      the tiny model for 200 steps unsharded and under twelve plans of cpu:8: final losses and
-           step times beside the predicted ones, with the rank correlation of the two
+           step times beside the predicted ones
+ranks      the rank correlation of measured and predicted step times over the twelve plans: all
+           steps compiled in one process and taken in turn, a round in another order each, so that
+           what else the machine does falls on all alike; a plan's time is its median share of a
+           round, and the correlation has an interval from resampled rounds
 kills      one run of 200 steps killed (SIGKILL) ten times at random steps and resumed each time,
            beside an uninterrupted one
 processes  one job of two processes of four devices each beside one process of eight
@@ -20,6 +24,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -76,30 +82,123 @@ def plans(out: pathlib.Path, steps: int) -> int:
                 "held_out_loss": found[-1]["eval_loss"],
                 # The first step compiles.
                 "step_time_s": statistics.median(r["step_time_s"] for r in found[1:]),
-                "fastest_step_s": min(r["step_time_s"] for r in found[1:]),
                 "predicted_step_time_s": found[-1]["predicted_step_time_s"],
             }
         )
-        with open(out / "plans.csv", "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(out / "plans.csv", rows)
         print({k: round(v, 5) if isinstance(v, float) else v for k, v in rows[-1].items()})
     reference = rows[0]["final_loss"]
     worst = max(abs(row["final_loss"] / reference - 1) for row in rows)
     print(f"final losses within {100 * worst:.2f} % of the unsharded one")
-    sharded = rows[1:]
-    for measure in ("step_time_s", "fastest_step_s"):
-        print(f"{measure}: rank correlation with the prediction {rank(sharded, measure):.2f}")
     return 0 if worst <= 0.01 else 1
 
 
-def rank(rows: list[dict], measure: str) -> float:
-    """Spearman's: the correlation of the ranks, equal values sharing theirs."""
+def ranks(out: pathlib.Path, rounds: int) -> int:
+    names, predicted, steps = zip(*compiled_steps(out))
+    clocks = (time.perf_counter, time.process_time)
+    seconds, order = np.zeros((2, rounds, len(names))), random.Random(0)
+    for n in range(rounds):
+        for i in order.sample(range(len(names)), len(names)):
+            began = [clock() for clock in clocks]
+            steps[i]()
+            seconds[:, n, i] = [clock() - b for clock, b in zip(clocks, began)]
+    shares = seconds / np.median(seconds, axis=2, keepdims=True)
+    middle, share = np.median(seconds, axis=1), np.median(shares, axis=1)
+    rows = [
+        {
+            "plan": name,
+            "predicted_s": predicted[i],
+            "median_s": middle[0, i],
+            "median_processor_s": middle[1, i],
+            "share_of_round": share[0, i],
+            "processor_share_of_round": share[1, i],
+        }
+        for i, name in enumerate(names)
+    ]
+    write_csv(out / "ranks.csv", rows)
+    for row in rows:
+        print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
+    draws = np.random.default_rng(0).integers(0, rounds, (500, rounds))
+    for c, clock in enumerate(("wall-clock", "processor")):
+        drawn = [spearman(predicted, np.median(shares[c][d], axis=0)) for d in draws]
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        print(
+            f"{len(names)} plans, {rounds} rounds, {clock} seconds: rank correlation "
+            f"{spearman(predicted, share[c]):.2f} ({low:.2f} to {high:.2f} over resampled rounds)"
+        )
+    return 0 if spearman(predicted, share[0]) >= 0.8 else 1
+
+
+def compiled_steps(out: pathlib.Path) -> Iterator[tuple[str, float, Callable[[], float]]]:
+    """(name, predicted seconds, one training step) of every sharded plan, in this process."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(out.parent / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+    import placement
+    from placement.experiments import _hydra
+    from placement.training.batches import Batches, on_devices
+    from placement.training.corpus import load_corpus
+    from placement.training.program import build_program
+
+    text = load_corpus("documentation").train
+    for name, overrides in PLANS.items():
+        if name == "unsharded":
+            continue
+        config = _hydra.compose("launch", ["train.learning_rate=0.003", *overrides])
+        model = _hydra.instantiate(config.model)
+        function, arguments, donated = _hydra.instantiate(config.train)(model)
+        plan = placement.optimize(
+            function,
+            *arguments,
+            cluster="cpu:8",
+            optimizer=config.optimizer.name,
+            mesh_shape=_hydra.plain(config.mesh_shape),
+            donate_argnums=donated,
+        )
+        program = build_program(
+            plan, function, arguments, model=model, train=_hydra.plain(config.train)
+        )
+        global_batch, seq_len = arguments[2]["inputs"].shape
+        batches = Batches(
+            text=text,
+            names=tuple(arguments[2]),
+            global_batch=global_batch,
+            seq_len=seq_len,
+            seed=0,
+        )
+        batch = on_devices(batches.at(0), program.batch_shardings)
+        step = stepper(program, batch)
+        step()
+        print(f"{name}: compiled", flush=True)
+        yield name, plan.estimate.step_time_s, step
+
+
+def stepper(program: Any, batch: Any) -> Callable[[], float]:
+    """Takes one step more each time it is called, and returns its loss."""
+    state = program.init(0)
+
+    def step() -> float:
+        nonlocal state
+        *state, said = program.step(*state, batch)
+        return float(said["loss"])
+
+    return step
+
+
+def write_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def spearman(a: Any, b: Any) -> float:
+    """The correlation of the ranks, equal values sharing theirs."""
     from scipy.stats import rankdata
 
-    columns = [[row[key] for row in rows] for key in ("predicted_step_time_s", measure)]
-    return float(np.corrcoef([rankdata(column) for column in columns])[0, 1])
+    return float(np.corrcoef([rankdata(a), rankdata(b)])[0, 1])
 
 
 def kills(out: pathlib.Path, steps: int) -> int:
@@ -148,17 +247,20 @@ def compare(rows: list[dict], whole: list[dict], tolerance: float) -> int:
     return 0 if worst <= tolerance else 1
 
 
+STUDIES = {"plans": plans, "ranks": ranks, "kills": kills, "processes": processes}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("plans", "kills", "processes"))
+    parser.add_argument("what", choices=tuple(STUDIES))
     parser.add_argument("--out", default="out/launch_study", type=pathlib.Path)
-    parser.add_argument("--steps", default=200, type=int)
+    parser.add_argument("--steps", default=200, type=int, help="or rounds, of ranks")
     given = parser.parse_args()
     folder = given.out.absolute() / given.what
     folder.mkdir(parents=True, exist_ok=True)
-    return {"plans": plans, "kills": kills, "processes": processes}[given.what](folder, given.steps)
+    return STUDIES[given.what](folder, given.steps)
 
 
 if __name__ == "__main__":

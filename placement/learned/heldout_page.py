@@ -13,8 +13,15 @@ from cost_model.cluster import parse_cluster
 from placement.compile_cache import write_atomically
 from placement.learned import outcomes
 from placement.learned.contenders import HURRIED, LEARNED, UNIFORM, UNTRAINED
-from placement.learned.heldout_report import EVALUATIONS, SECONDS, policies, table
-from placement.learned.heldout_summary import RESAMPLES, TEN, Runs, best_of, mean_against
+from placement.learned.heldout_report import EVALUATIONS, SECONDS, cell, policies, table
+from placement.learned.heldout_summary import (
+    RESAMPLES,
+    TEN,
+    Runs,
+    best_of,
+    mean_against,
+    mean_ratio,
+)
 from placement.learned.heldout_targets import targets
 from placement.learned.problems import SPLITS, VERSION, load_split
 
@@ -220,8 +227,17 @@ def _tables(runs: Runs) -> str:
 
 
 def _ablations(runs: Runs) -> str:
+    """Policies beside the shipped one, over the problems on which all of them ran."""
     names = [n for n in policies(runs) if n != LEARNED]
     if not names:
         return ""
-    lines = table(runs, "evaluations", (1, 16, 64), [LEARNED, *names, UNTRAINED, UNIFORM], None)
-    return "## Other policies\n\n" + _grid(("ratio at evaluations", "1", "16", "64"), lines)
+    names = [LEARNED, *names, UNTRAINED, UNIFORM]
+    common = [p for p in runs.of_split(None) if all(runs.curves(p, n) for n in names)]
+    lines = []
+    for name in names:
+        means = [
+            mean_ratio(runs, name, lambda c, n=n: c.at_evaluations(n), common) for n in (1, 16, 64)
+        ]
+        lines.append([name, *map(cell, means)])
+    head = ("ratio at evaluations", "1", "16", "64")
+    return f"## Other policies, {len(common)} problems\n\n" + _grid(head, lines)

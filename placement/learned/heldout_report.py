@@ -101,11 +101,12 @@ def table(
             limit: mean for k, limit, mean in _means(runs, optimizer, split) if k == kind
         }
         if cells:
-            lines.append([optimizer, *(_cell(cells.get(limit)) for limit in limits)])
+            lines.append([optimizer, *(cell(cells.get(limit)) for limit in limits)])
     return lines
 
 
-def _cell(mean: Mean | None) -> str:
+def cell(mean: Mean | None) -> str:
+    """A ratio with its interval, and the share of runs that had a plan."""
     if mean is None:
         return ""
     if mean.found == 0.0:

@@ -52,6 +52,8 @@ class Record:
     collectives: Mapping[str, float]
     """Payload bytes by kind as compiled, windowed loops counted as what they carry out; empty where
     the program was not at hand."""
+    step_time_s: float | None
+    """As compiled, by which the record is known to be of its row; None where it did not compile."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,7 @@ def record_of(case: str, optimizer: str, plan: Any, scheduled: Any | None) -> Re
         placement=tuple(tuple((f.axis, f.size, f.stride) for f in axis) for axis in plan.placement),
         choices=plan.assignment,
         collectives=dict(scheduled.logical_collective_bytes) if scheduled else {},
+        step_time_s=scheduled.step_time_s if scheduled else None,
     )
 
 
@@ -105,6 +108,7 @@ def load_records(folder: pathlib.Path) -> dict[tuple[str, str], Record]:
             raw = json.loads(path.read_text(encoding="utf-8"))
             record = Record(
                 **{k: raw[k] for k in ("case", "optimizer", "mesh_shape", "collectives")},
+                step_time_s=raw["step_time_s"],
                 placement=tuple(tuple(tuple(f) for f in axis) for axis in raw["placement"]),
                 choices=tuple((tuple(p), tuple(s)) for p, s in raw["choices"]),
             )
@@ -129,6 +133,9 @@ def compare(
         record = records.get((row.case, row.optimizer))
         if record is None or row.status == "error":
             left_out.append(f"{row.case} {row.optimizer}: no record of its plan")
+            continue
+        if record.step_time_s != row.step_time_s:
+            left_out.append(f"{row.case} {row.optimizer}: its record is of another plan")
             continue
         if row.case not in programs:
             programs[row.case] = _grouping(row.case, cases[row.case])

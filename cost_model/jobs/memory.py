@@ -131,6 +131,8 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     kept_inputs = kept * (np.minimum(inputs, m * jobs.vpp) + middle / jobs.vpp)
     act_first, act_last = (np.where(lockstep, kept_inputs, a) for a in (act_first, act_last))
     everywhere = alone | lockstep
+    # fp32 gradients of the tables by one microbatch, from the loss and from the lookup
+    working = working + np.where(lockstep, 2 * 4.0 * (table + head), 0.0)
     logits = np.where(lockstep, logits / jobs.pp, logits)
     table_gathered = np.where(gathered, 2.0 * (table + head), 0.0)
     tables = table + np.where(everywhere, head, 0.0)

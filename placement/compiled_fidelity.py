@@ -53,7 +53,7 @@ class Record:
     """Payload bytes by kind as compiled, windowed loops counted as what they carry out; empty where
     the program was not at hand."""
     step_time_s: float | None
-    """As compiled, by which the record is known to be of its row; None where it did not compile."""
+    """As compiled, by which the record is known to be of its row; None where that is not known."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def load_records(folder: pathlib.Path) -> dict[tuple[str, str], Record]:
             raw = json.loads(path.read_text(encoding="utf-8"))
             record = Record(
                 **{k: raw[k] for k in ("case", "optimizer", "mesh_shape", "collectives")},
-                step_time_s=raw["step_time_s"],
+                step_time_s=raw.get("step_time_s"),
                 placement=tuple(tuple(tuple(f) for f in axis) for axis in raw["placement"]),
                 choices=tuple((tuple(p), tuple(s)) for p, s in raw["choices"]),
             )
@@ -134,7 +134,7 @@ def compare(
         if record is None or row.status == "error":
             left_out.append(f"{row.case} {row.optimizer}: no record of its plan")
             continue
-        if record.step_time_s != row.step_time_s:
+        if record.step_time_s not in (None, row.step_time_s):
             left_out.append(f"{row.case} {row.optimizer}: its record is of another plan")
             continue
         if row.case not in programs:

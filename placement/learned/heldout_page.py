@@ -35,6 +35,9 @@ the best are opened, message passing completes each, the schedule simulation jud
 learned from each result decides which is opened next.
 """
 
+_CLEARLY = 1.03
+"""Ratio from which the learned search is said to fall short."""
+
 _METHOD = """## How it is judged
 
 One run records the best plan against evaluations and against seconds. An evaluation is one complete
@@ -77,6 +80,7 @@ def write_page(
         _judged(rows, judge),
         _pictures(os.path.relpath(results, path.parent)),
         _targets(runs),
+        _failures(runs),
         _training_adds(runs),
         _tables(runs),
         _ablations(runs),
@@ -177,6 +181,43 @@ def _targets(runs: Runs) -> str:
             title = "Targets" if name == LEARNED else f"Targets, policy {name}"
             parts.append(f"## {title}\n\n" + _grid(("on held-out problems", "measured", ""), lines))
     return "\n".join(parts)
+
+
+def _failures(runs: Runs) -> str:
+    """Problems on which the learned search ends clearly above the best known plan."""
+    lines = []
+    cluster = {r["problem"]: r["cluster"] for r in runs.rows}
+    model = {r["problem"]: r["model"] for r in runs.rows}
+    for p in runs.of_split(None):
+        curves = runs.curves(p, LEARNED)
+        if not curves:
+            continue
+        ratio = mean_ratio(runs, LEARNED, lambda c: c.at_evaluations(64), [p])
+        if ratio is not None and ratio.value > _CLEARLY:
+            best = min(
+                (o for o in runs.optimizers if runs.curves(p, o)),
+                key=lambda o: runs.logs(
+                    p, o, lambda c: c.at_evaluations(c.total_evaluations)
+                ).min(),
+            )
+            seconds = sum(c.total_seconds for c in curves) / len(curves)
+            lines.append([p, model[p], cluster[p], f"{ratio.value:.2f}", best, f"{seconds:.1f}"])
+    never = sorted(set(runs.split_of) - set(runs.problems))
+    text = "## Where it falls short\n\n"
+    if lines:
+        head = ("problem", "model", "cluster", "ratio at 64", "best by", "seconds spent")
+        text += _grid(head, lines) + "\n"
+    if never:
+        text += f"No optimizer found a fitting plan of {', '.join(never)}.\n\n"
+    return text + (
+        "Limits of these numbers: only the first problems of each split were run; means at one second "
+        "depend on what a run without a plan counts as, since tracing alone takes most of it; a target "
+        "counts as met by its mean even where the interval does not exclude the opposite; seconds were "
+        "taken on a machine busy with other programs, which makes processor time longer than on an "
+        "idle one, for all optimizers; the bound prices hideable communication at nothing and ignores "
+        "memory, so that most of the gap to it may not be real; meshes of three axes, plans judged by the "
+        "compiler, and fine-tuning on it are not part of this page.\n"
+    )
 
 
 def _training_adds(runs: Runs) -> str:

@@ -123,7 +123,7 @@ def draw(path: pathlib.Path, runs: Runs, *, by_seconds: bool) -> None:
     from matplotlib import pyplot as plt
 
     fig, axes = plt.subplots(
-        1, max(1, len(runs.splits)), figsize=(4.4 * max(1, len(runs.splits)), 4.2),
+        1, max(1, len(runs.splits)), figsize=(4.4 * max(1, len(runs.splits)), 4.6),
         sharey=True, squeeze=False,
     )  # fmt: skip
     grid = np.geomspace(0.1, 100, 40) if by_seconds else np.unique(np.geomspace(1, 64, 30).round())
@@ -164,7 +164,7 @@ def draw(path: pathlib.Path, runs: Runs, *, by_seconds: bool) -> None:
     axes[0, 0].set_ylabel("step time over the best known plan's")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="lower center", ncol=7, frameon=False)
-    fig.tight_layout(rect=(0, 0.12, 1, 1))
+    fig.tight_layout(rect=(0, 0.2, 1, 1))
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     plt.close(fig)

@@ -38,8 +38,15 @@ def start(out: pathlib.Path, *overrides: str) -> subprocess.Popen:
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "placement.experiments.cli", "launch", *SMALL, *overrides]
-        + [f"out={out}"],
+        [
+            sys.executable,
+            "-m",
+            "placement.experiments.cli",
+            "launch",
+            *SMALL,
+            *overrides,
+            f"out={out}",
+        ],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

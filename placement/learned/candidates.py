@@ -180,7 +180,7 @@ def _price(
     def at(x: np.ndarray) -> np.ndarray:
         return x[line, best]
 
-    step = at(total)
+    step = at(np.asarray(total))
     free = (total + forbidden).min(1)
     plain = (rank + np.where(t.parallel > 1, np.inf, 0.0)).min(1)
     mixed = (rank + np.where((t.parallel > 1) | (t.sequence > 1), 0.0, np.inf)).min(1)

@@ -15,6 +15,7 @@ import pathlib
 import sys
 import time
 import zipfile
+from typing import Any
 
 import numpy as np
 
@@ -90,7 +91,7 @@ def main(argv: list[str]) -> int:
         try:
             found = visit(problem, policy, evaluations)
             buffer = io.BytesIO()
-            np.savez_compressed(buffer, **found)
+            np.savez_compressed(buffer, **dict[str, Any](found))
             write_atomically(path_of(problem), buffer.getvalue())
         except BaseException:
             done.unlink(missing_ok=True)

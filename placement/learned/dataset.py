@@ -130,7 +130,7 @@ def observed(problem: PlanningProblem, *, base: Any = None) -> tuple[Arrays, flo
     seen = observe(instance.base, instance.cluster)
     arrays = arrays_of(seen, candidates_of(seen, instance.outers))
     buffer = io.BytesIO()
-    data = {k: np.asarray(v) for k, v in dataclasses.asdict(arrays).items()}
+    data: dict[str, Any] = {k: np.asarray(v) for k, v in dataclasses.asdict(arrays).items()}
     np.savez_compressed(
         buffer,
         ideal_s=np.array(seen.ideal_s),

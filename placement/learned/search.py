@@ -151,8 +151,8 @@ class _Search:
         if self.closed.all():
             return None
         allowed = ~self.closed
+        cost = self._costs()
         if self.hurried:
-            cost = self._costs()
             left = self.recorder.time_limit_s - self.instance.seconds()
             affordable = allowed & (CAUTION * cost <= left)
             if not affordable.any() and self.opened:

@@ -234,9 +234,9 @@ def _work(device: Device, item: Case, dots: Mapping[str, float] | None) -> Work:
     if item.kind != "attention" or dots is None:
         return work
     d = dict(item.dims)
-    sides = (np.array(float(x)) for x in (d["b"] * d["h"], d["q"], d["k"], d["d"]))
+    b, q, k, width = (np.array(float(x)) for x in (d["b"] * d["h"], d["q"], d["k"], d["d"]))
     rounds = 2.5 if item.variant.startswith("grad") else 1.0
-    flops = float(attention_flops(device, dots, *sides, rounds))
+    flops = float(attention_flops(device, dots, b, q, k, width, rounds))
     return dataclasses.replace(work, flops=flops)
 
 

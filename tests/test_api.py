@@ -26,7 +26,7 @@ def test_no_optimizer_beats_the_bound_and_search_beats_the_rules():
     for name in ("fsdp", "megatron", "data_parallel", "random", "annealing", "heuristic", "exact"):
         other = plan_mlp(optimizer=name, mesh_shape={"data": 2, "model": 4})
         assert other.estimate.step_time_s >= search.lower_bound_s * (1 - 1e-9)
-        assert search.estimate.table_cost_s <= other.estimate.table_cost_s * (1 + 1e-6)
+        assert search.estimate.step_time_s <= other.estimate.step_time_s * (1 + 1e-6)
 
 
 def test_ample_memory_and_much_computation_give_pure_data_parallelism_of_the_batch():
@@ -50,12 +50,6 @@ def test_partition_specs_is_the_first_argument():
     step, args = mlp_step(2, scan=True, scale=16)
     specs = placement.partition_specs(step, *args, cluster="v5e:2x4")
     assert set(specs) == {"up", "down"}
-
-
-def test_without_a_policy_learned_is_the_search_and_says_so():
-    plan = plan_mlp(optimizer="learned")
-    assert plan.optimizer == "search"
-    assert any("no trained policy" in w for w in plan.warnings)
 
 
 def test_an_evaluation_limit_is_kept():

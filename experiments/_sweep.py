@@ -24,6 +24,8 @@ from placement.experiments import _hydra
 
 FLAGS = ("--multirun", "-m")
 RESULT = "result.json"
+_QUIET = ("hydra/job_logging=none", "hydra/hydra_logging=none")
+"""Jobs keep logs of their own; Hydra setting up logging anew would close other handlers' streams."""
 _UNNAMED = "all"
 """The folder of a job where nothing varies."""
 
@@ -37,7 +39,9 @@ def run(argv: list[str]) -> int:
     overrides = _hydra.sweep_overrides([text for text in argv if text not in FLAGS])
     out = _out_of(overrides)
     fixed, names = _combinations(overrides)
-    _call_hydra([*overrides, f"hydra.job.config.override_dirname.exclude_keys={_listed(fixed)}"])
+    _call_hydra(
+        [*overrides, *_QUIET, f"hydra.job.config.override_dirname.exclude_keys={_listed(fixed)}"]
+    )
     rows = [{"name": name} | (read_result(out / name) or {}) for name in names]
     from placement.experiments import _summary
 

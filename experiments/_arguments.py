@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pathlib
 import tempfile
 from typing import NoReturn
 
@@ -31,12 +32,22 @@ def check_writable(path: str) -> None:
     Raises:
         MeshwrightError: the folder cannot be written.
     """
-    folder = os.path.dirname(os.path.abspath(path))
+    writable_folder(os.path.dirname(os.path.abspath(path)))
+
+
+def writable_folder(name: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder, made where it is missing.
+
+    Raises:
+        MeshwrightError: it cannot be made or written.
+    """
+    folder = pathlib.Path(name)
     try:
-        os.makedirs(folder, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise _refused(path, error) from error
+        raise _refused(str(name), error) from error
+    return folder
 
 
 def write_text(path: str, text: str) -> None:

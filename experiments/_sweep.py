@@ -19,8 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from graphs.errors import MeshwrightError
-from placement.experiments import _hydra
+from placement.experiments import _arguments, _hydra
 
 FLAGS = ("--multirun", "-m")
 RESULT = "result.json"
@@ -141,14 +140,7 @@ def _listed(keys: Sequence[str]) -> str:
 def _out_of(overrides: Sequence[str]) -> pathlib.Path:
     """Where the sweep writes; made here, so that a folder that cannot be is one sentence."""
     given = [text for text in overrides if text.startswith("out=")]
-    out = pathlib.Path(_hydra.compose("launch", given).out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MeshwrightError(
-            f"out={str(out)!r} cannot be made ({error.strerror}); give a folder that can be written"
-        ) from error
-    return out
+    return _arguments.writable_folder(_hydra.compose("launch", given).out)
 
 
 def _call_hydra(overrides: list[str]) -> None:

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
         )
         for text in (corpus.train, corpus.validation)
     ]
-    out = _folder(config.out)
+    out = _arguments.writable_folder(config.out)
     plan = _plan_of(config, argv, (function, arguments, donated), cluster)
     tokens = global_batch * seq_len
     energy = _pareto.energy_of(plan, cluster, _hydra.instantiate(config.region))
@@ -245,9 +245,3 @@ def _alone(folder: pathlib.Path, process: int) -> Iterator[None]:
                 "another out="
             ) from None
         yield
-
-
-def _folder(name: str) -> pathlib.Path:
-    folder = pathlib.Path(name)
-    _arguments.check_writable(str(folder / "plan.json"))
-    return folder

@@ -19,6 +19,7 @@ import sys
 import typing
 
 from graphs.errors import MeshwrightError
+from placement.experiments import _arguments
 
 COLUMNS = (
     "id",
@@ -38,15 +39,15 @@ def main(argv: list[str]) -> int:
     from cost_model.jobs import bands as bands_module
     from cost_model.jobs import constants, pictures, predict, runs, score
 
-    path, out, refit = _arguments(argv, str(runs.MEASURED_RUNS))
+    path, out, refit = _settings(argv, str(runs.MEASURED_RUNS))
     table = runs.read(path)
     chosen, bands = constants.load(), None
     if refit is not None:
         from cost_model.jobs import refit as refit_module
 
-        chosen, bands = refit_module.refit(table.rows, _folder(refit))
+        chosen, bands = refit_module.refit(table.rows, _arguments.writable_folder(refit))
     predictions = predict.predict_runs(table.rows, chosen, bands)
-    folder = _folder(out)
+    folder = _arguments.writable_folder(out)
     _write(folder / "predictions.csv", _csv(predictions))
     report = score.summary(predictions, chosen.n_fitted, (bands or bands_module.load()).tail)
     report["faults"] = [str(fault) for fault in table.faults]
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
     return 1 if table.faults else 0
 
 
-def _arguments(argv: list[str], default: str) -> tuple[str, str, str | None]:
+def _settings(argv: list[str], default: str) -> tuple[str, str, str | None]:
     path, out, refit = None, "out/validate", None
     for text in argv:
         key, equals, value = text.partition("=")
@@ -75,17 +76,6 @@ def _arguments(argv: list[str], default: str) -> tuple[str, str, str | None]:
         else:
             path = text
     return path or default, out, refit
-
-
-def _folder(name: str) -> pathlib.Path:
-    folder = pathlib.Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MeshwrightError(
-            f"cannot make folder {name!r} ({error.strerror}); choose another"
-        ) from error
-    return folder
 
 
 def _csv(predictions) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_problem import small_problem
 
 from graphs.errors import MeshwrightError
 from placement.learned import heldout
@@ -24,20 +25,7 @@ from placement.learned.problems import PlanningProblem
 
 @pytest.fixture(scope="module")
 def problem() -> PlanningProblem:
-    return PlanningProblem(
-        name="validation_999",
-        split="validation",
-        family="dense",
-        model=dict(
-            name="small", n_layers=4, d_model=256, n_heads=8, n_kv_heads=8, head_dim=32,
-            d_ff=1024, vocab_size=4096, attention="mha",
-        ),
-        cluster="v5e:2x4",
-        global_batch=8,
-        seq_len=512,
-        scan=True,
-        optimizer="adamw",
-    )  # fmt: skip
+    return small_problem(name="validation_999", width=256, cluster="v5e:2x4", global_batch=8)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import sparse
+from small_problem import small_problem
 
 import placement
 from cost_model.cluster import parse_cluster
@@ -33,20 +34,7 @@ from placement.learned.wires import axes_of
 
 @pytest.fixture(scope="module")
 def problem() -> PlanningProblem:
-    return PlanningProblem(
-        name="train_998",
-        split="train",
-        family="dense",
-        model=dict(
-            name="small", n_layers=4, d_model=512, n_heads=8, n_kv_heads=8, head_dim=64,
-            d_ff=2048, vocab_size=8192, attention="mha",
-        ),
-        cluster="v5e:4x4",
-        global_batch=32,
-        seq_len=512,
-        scan=True,
-        optimizer="adamw",
-    )  # fmt: skip
+    return small_problem(name="train_998")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from small_problem import small_problem
 
 from cost_model.cluster import parse_cluster
 from graphs.errors import MeshwrightError
@@ -26,20 +27,7 @@ from placement.learned.problems import (
 
 @pytest.fixture(scope="module")
 def small() -> PlanningProblem:
-    return PlanningProblem(
-        name="train_999",
-        split="train",
-        family="dense",
-        model=dict(
-            name="small", n_layers=6, d_model=512, n_heads=8, n_kv_heads=8, head_dim=64,
-            d_ff=2048, vocab_size=8192, attention="mha",
-        ),
-        cluster="v5e:4x4",
-        global_batch=32,
-        seq_len=512,
-        scan=True,
-        optimizer="adamw",
-    )  # fmt: skip
+    return small_problem(name="train_999", n_layers=6)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from graphs.errors import MeshwrightError
 from placement.compile_cache import cache_dir, write_atomically
 from placement.learned.candidates import Candidates, candidates_of
 from placement.learned.features import Observation, observe
-from placement.learned.problems import SPLITS, VERSION, PlanningProblem, load_split
+from placement.learned.problems import VERSION, PlanningProblem, load_split, load_splits
 
 _MAKERS = ("program", "wires", "closed_form", "features", "candidates")
 _SEEN = ("nodes", "relations", "classes", "classes_of_nodes", "nodes_of_classes", "regions",
@@ -250,11 +250,7 @@ def _stack(rows: list[dict[str, np.ndarray]]) -> Batch:
 
 def main(argv: list[str]) -> int:
     """Observe the problems of the splits named."""
-    names = [a.removeprefix("split=") for a in argv] or ["train", "validation"]
-    unknown = sorted(set(names) - set(SPLITS))
-    if unknown:
-        raise MeshwrightError(f"unknown split {unknown[0]!r}; use one of {', '.join(SPLITS)}")
-    problems = [p for name in names for p in load_split(name)]
+    problems = load_splits(argv)
     for n, problem in enumerate(problems):
         arrays, ideal, _ = observed(problem)
         print(

@@ -22,7 +22,7 @@ import numpy as np
 from graphs.errors import MeshwrightError
 from placement.compile_cache import cache_dir, write_atomically
 from placement.learned.instance import Instance, Outer
-from placement.learned.problems import SPLITS, VERSION, PlanningProblem, load_split
+from placement.learned.problems import VERSION, PlanningProblem, load_splits
 
 N_VARIANTS = 4
 PER_VARIANT = ((2, 2), (3, 1))
@@ -162,11 +162,7 @@ def _claim(problem: PlanningProblem) -> bool:
 
 def main(argv: list[str]) -> int:
     """Record what is missing of the splits named."""
-    names = [a.removeprefix("split=") for a in argv] or ["train", "validation"]
-    unknown = sorted(set(names) - set(SPLITS))
-    if unknown:
-        raise MeshwrightError(f"unknown split {unknown[0]!r}; use one of {', '.join(SPLITS)}")
-    problems = [p for name in names for p in load_split(name)]
+    problems = load_splits(argv)
     for n, problem in enumerate(problems):
         if path_of(problem).exists() or not _claim(problem):
             continue

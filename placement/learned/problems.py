@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,6 +93,12 @@ def load_split(name: str) -> list[PlanningProblem]:
     file = importlib.resources.files("placement.learned") / "splits" / f"{name}.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines()
     return [PlanningProblem(**json.loads(line)) for line in lines if line]
+
+
+def load_splits(argv: Sequence[str]) -> list[PlanningProblem]:
+    """The problems of ``split=NAME …``; those to learn from where nothing is named."""
+    names = [text.removeprefix("split=") for text in argv] or ["train", "validation"]
+    return [problem for name in names for problem in load_split(name)]
 
 
 def generate(seed: int = SEED, counts: Mapping[str, int] | None = None) -> list[PlanningProblem]:

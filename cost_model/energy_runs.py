@@ -44,7 +44,7 @@ def read(path: str | pathlib.Path = FILE) -> list[EnergyRow]:
     try:
         with pathlib.Path(path).open(newline="", encoding="utf-8-sig") as file:
             return [_row(raw) for raw in csv.DictReader(file)]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MeshwrightError(f"cannot read energy file {str(path)!r}; give a CSV file") from error
 
 
@@ -65,7 +65,7 @@ def _row(raw: dict[str, str]) -> EnergyRow:
         reason = "device_hours are not stated by the source"
     else:
         try:
-            power = _power_w(raw["hardware"])
+            power = _power_w(raw.get("hardware") or "")
         except MeshwrightError as error:
             reason = str(error)
     predicted = carbon = None
@@ -80,7 +80,7 @@ def _row(raw: dict[str, str]) -> EnergyRow:
         predicted = mean * (1 + host) * hours * pue / 1e6
         carbon = predicted * grid / 1e3 if grid is not None else None
     return EnergyRow(
-        id=raw.get("id", ""),
+        id=raw.get("id") or "",
         published_mwh=published,
         predicted_mwh=predicted,
         published_tco2e=number("emissions_tco2e"),

@@ -10,13 +10,15 @@ for an op exist around that op.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
+from cost_model.operators import CONTRACTIONS, TRANSCENDENTAL
 from cost_model.pricing import Pricing
 from graphs.choices import Choices
-from graphs.graph import Graph
-from graphs.groups import COPY, HEAVY, LEAF, Grouping
+from graphs.graph import Graph, Op
+from graphs.groups import COPY, HEAVY, LEAF, LIGHT, Grouping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,29 +38,44 @@ class Usage:
 def last_uses(graph: Graph) -> np.ndarray:
     """[tensors] position after the last use, loops counted to their end; -1 if unused."""
     last = np.full(len(graph.tensors), -1, np.int64)
-    chain: dict[int, list[int]] = {}
-    for r in range(len(graph.regions)):
-        up, at = [], r
-        while at >= 0:
-            up.append(at)
-            at = graph.regions[at].parent
-        chain[r] = up
+    ends = _Ends(graph)
     for i, op in enumerate(graph.ops):
         for t in op.inputs:
-            if t < 0:
-                continue
-            home, when = graph.tensors[t].region, i + 1
-            if home != op.region:
-                for r in chain[op.region]:
-                    if graph.regions[r].parent == home:
-                        when = max(when, graph.regions[r].stop)
-            last[t] = max(last[t], when)
+            if t >= 0:
+                last[t] = max(last[t], ends.after(t, i))
     for t in graph.outputs:
         if t >= 0:
             last[t] = len(graph.ops) + 1
     return last
 
 
+class _Ends:
+    """Until when a use keeps a value: the op itself, or the end of the loop that it is in."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.chain: dict[int, list[int]] = {}
+        for r in range(len(graph.regions)):
+            up, at = [], r
+            while at >= 0:
+                up.append(at)
+                at = graph.regions[at].parent
+            self.chain[r] = up
+
+    def after(self, t: int, i: int) -> int:
+        """Position after the use of tensor t by op i."""
+        home, region = self.graph.tensors[t].region, self.graph.ops[i].region
+        when = i + 1
+        if home != region:
+            for r in self.chain[region]:
+                if self.graph.regions[r].parent == home:
+                    when = max(when, self.graph.regions[r].stop)
+        return when
+
+
+_COSTLY = frozenset("tanh erf erfc logistic pow sin cos log1p".split())
+"""Functions that XLA keeps the results of rather than compute them in a second fused loop."""
+_LOOP = frozenset("scan_slice scan_stack carry_in carry_out".split())
 _RECOMPUTED = frozenset(
     "broadcast_in_dim iota convert_element_type reshape transpose squeeze expand_dims copy slice "
     "split concatenate pad select_n eq ne lt le gt ge not and or is_finite literal".split()
@@ -68,13 +85,18 @@ _RECOMPUTED = frozenset(
 
 def held_across(grouping: Grouping, stored: set[int]) -> set[int]:
     """Values of fused loops that are made before a heavy op and read after it: they stay in memory
-    though no other group reads them."""
+    though no other group reads them. So do results of costly functions that are read before and
+    after a reduction over them."""
     graph = grouping.graph
     heavy: dict[int, list[int]] = {}
+    passes: dict[int, list[int]] = {}
     for item in grouping.groups:
-        if item.kind == HEAVY:
-            for o in item.ops:
-                heavy.setdefault(graph.ops[o].region, []).append(o)
+        for o in item.ops:
+            op = graph.ops[o]
+            if item.kind == HEAVY:
+                heavy.setdefault(op.region, []).append(o)
+            elif op.primitive.startswith("reduce_"):
+                passes.setdefault(op.region, []).append(o)
     at = {r: np.array(sorted(o)) for r, o in heavy.items()}
     last = last_uses(graph)
     found = set()
@@ -85,9 +107,111 @@ def held_across(grouping: Grouping, stored: set[int]) -> set[int]:
         if op.primitive in _RECOMPUTED or op.region not in at or last[t] < 0:
             continue
         ops = at[op.region]
+        if op.primitive in _COSTLY:
+            over = [
+                o
+                for o in passes.get(op.region, ())
+                if _size(graph, graph.ops[o].inputs[0]) >= _size(graph, t)
+            ]
+            ops = np.sort(np.concatenate([ops, over]))
         if np.searchsorted(ops, tensor.producer) < np.searchsorted(ops, last[t] - 1):
             found.add(t)
     return found
+
+
+def made_in_readers(grouping: Grouping, held: set[int]) -> set[int]:
+    """Results of light loops that XLA:TPU makes again inside each contraction that reads them, so
+    that they are never in memory (read from compiled programs).
+
+    It does so for any single reader; for several where no costly function is in the chain of
+    element-wise ops that leads to the value.
+    """
+    graph = grouping.graph
+    readers: dict[int, list[int]] = {}
+    for o, op in enumerate(graph.ops):
+        for t in op.inputs:
+            readers.setdefault(t, []).append(o)
+    kept_out = {t for t in graph.outputs if t >= 0}
+    costly: dict[int, bool] = {}
+    found: set[int] = set()
+    for op in graph.ops:
+        for t in op.outputs:
+            size = _size(graph, t)
+            dear = op.primitive in TRANSCENDENTAL and not _by_rows(graph, op)
+            costly[t] = dear or any(
+                costly.get(i, False)
+                for i in op.inputs
+                if i >= 0 and (i not in held or i in found) and _size(graph, i) >= size
+            )  # fmt: skip
+            light = grouping.groups[grouping.group_of[t]].kind == LIGHT
+            uses = readers.get(t, [])
+            if light and t in held and t not in kept_out and op.primitive not in _LOOP and uses:
+                inside = all(
+                    graph.ops[o].primitive in CONTRACTIONS and graph.ops[o].region == op.region
+                    for o in uses
+                )
+                if inside and (len(uses) == 1 or not costly[t]):
+                    found.add(t)
+    return found
+
+
+def spread_in_readers(grouping: Grouping) -> set[int]:
+    """Broadcasts and counters that only light loops read: each reader makes them for itself."""
+    graph = grouping.graph
+    found = {
+        op.outputs[0]
+        for op in graph.ops
+        if op.primitive == "iota"
+        or (
+            op.primitive == "broadcast_in_dim"
+            and (op.inputs[0] < 0 or _size(graph, op.inputs[0]) < _size(graph, op.outputs[0]))
+        )
+    }
+    for o, op in enumerate(graph.ops):
+        if op.primitive in _LOOP or not grouping.rules[o].light:
+            found -= set(op.inputs)
+    return found - {t for t in graph.outputs if t >= 0}
+
+
+def _size(graph: Graph, t: int) -> int:
+    return math.prod(graph.tensors[t].shape)
+
+
+def _by_rows(graph: Graph, op: Op) -> bool:
+    """Whether it divides by fewer numbers than it makes, so that XLA multiplies by inverses."""
+    divisor = op.inputs[-1]
+    return op.primitive == "div" and (
+        divisor < 0 or _size(graph, divisor) < _size(graph, op.outputs[0])
+    )
+
+
+def read_until(grouping: Grouping, held: set[int], replaced: set[int]) -> np.ndarray:
+    """[tensors] as :func:`last_uses`, uses through values that are kept nowhere included.
+
+    A fused loop that needs such a value computes it again from what is in memory, so that this
+    stays there until then: the logits, for one, until the gradient of the loss is made from them.
+    A reduction ends the chain, for its result is kept. A value in ``replaced`` takes the place of
+    one of the same size that it is made from (XLA keeps either and computes the other).
+    """
+    graph = grouping.graph
+    size = [math.prod(t.shape) for t in graph.tensors]
+    ends = _Ends(graph)
+    until = np.full(len(graph.tensors), -1, np.int64)
+    until[[t for t in graph.outputs if t >= 0]] = len(graph.ops) + 1
+    for i in range(len(graph.ops) - 1, -1, -1):
+        op = graph.ops[i]
+        for t in op.inputs:
+            if t < 0:
+                continue
+            end = ends.after(t, i)
+            if op.primitive not in _LOOP and graph.tensors[t].region == op.region:
+                for u in op.outputs:
+                    if u in replaced and graph.tensors[u].n_bytes == graph.tensors[t].n_bytes:
+                        end = i
+                    elif u not in held and size[t] <= size[u]:
+                        end = int(until[u])
+            until[t] = max(until[t], end)
+    return until
 
 
 def usage_entries(
@@ -119,7 +243,12 @@ def usage_entries(
         )  # fmt: skip
 
     inputs = set(graph.inputs)
-    held = stored | held_across(grouping, stored)
+    across = held_across(grouping, stored)
+    held = stored | across
+    held -= spread_in_readers(grouping)
+    if pricing.device.family == "tpu":
+        held -= made_in_readers(grouping, held)
+    until = read_until(grouping, held, across)
     all_readers = readers_of(grouping)
     for g, item in enumerate(grouping.groups):
         menu = choices[node_of[g]]
@@ -153,7 +282,7 @@ def usage_entries(
                 if op.primitive == "scan_stack" and _is_state(grouping, g, aliased)
                 else "activations"
             )
-            stop = int(last[t])
+            stop = int(until[t])
             if op.primitive == "carry_in":
                 stop = max(stop, graph.regions[tensor.region].stop)
             add(g, t, specs, (start, stop), label)

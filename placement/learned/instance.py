@@ -37,6 +37,8 @@ MAX_AXES = 3
 """Most mesh axes of a candidate."""
 SOLVER_STEPS = 1000
 """Assignments that the engine may score by tables to complete one candidate."""
+ALMOST = 1.5
+"""Times the memory limit up to which a plan is worth another completion."""
 _KEPT_BYTES = 4e9
 
 
@@ -139,7 +141,9 @@ class Instance:
         """Complete a candidate with the engine and judge it: one evaluation.
 
         The engine stops after SOLVER_STEPS assignments, so that the result does not depend on the
-        machine's load; ``time_limit_s`` (of the wall clock) only guards against stalls.
+        machine's load; ``time_limit_s`` (of the wall clock) only guards against stalls. Where what
+        it found exceeds the memory by copies that resharding makes, it is asked once more with all
+        of them counted.
 
         ``prior`` ([sum S] seconds, >= 0) is added to node costs while solving; the judge does not
         see it. Without a prior the result is kept in the store.
@@ -149,10 +153,10 @@ class Instance:
         simulator = self._judge(outer)
         if prior is None:
             choices = self.shared(
-                key, lambda: self._complete(simulator.tables, None, exposure, time_limit_s)
+                key, lambda: self._complete(simulator, None, exposure, time_limit_s)
             )
         else:
-            choices = self._complete(simulator.tables, prior, exposure, time_limit_s)
+            choices = self._complete(simulator, prior, exposure, time_limit_s)
         return self.judge(outer, choices, began=began)
 
     def judge(self, outer: Outer, choices: np.ndarray, *, began: float | None = None) -> Outcome:
@@ -171,14 +175,30 @@ class Instance:
             seconds=self.seconds() - began,
         )
 
-    def _complete(self, tables, prior, exposure: float, time_limit_s: float) -> np.ndarray:
+    def _complete(
+        self, simulator: Simulator, prior, exposure: float, time_limit_s: float
+    ) -> np.ndarray:
+        from cost_model.operands import with_operands
         from placement.solver import solve
 
+        tables = simulator.tables
         problem = tables.problem if exposure == tables.exposure else tables.at(exposure).problem
         if prior is not None:
             problem = dataclasses.replace(problem, node_costs=problem.node_costs + prior)
         found = solve(problem, time_limit_s=time_limit_s, max_evaluations=SOLVER_STEPS, bound=False)
-        return np.asarray(found.assignment, np.int64)
+        choices = np.asarray(found.assignment, np.int64)
+        over = simulator.peak_memory_bytes(choices) / self.limit_bytes
+        if not 1.0 < over <= ALMOST or problem.peak_usage(choices) > self.limit_bytes:
+            return choices
+        found = solve(
+            with_operands(problem, tables.operands),
+            time_limit_s=time_limit_s,
+            max_evaluations=SOLVER_STEPS,
+            bound=False,
+        )
+        counted = np.asarray(found.assignment, np.int64)
+        fits = simulator.peak_memory_bytes(counted) <= self.limit_bytes
+        return counted if fits else choices
 
     def key(self, outer: Outer) -> tuple[Any, ...]:
         """Names a candidate in the store."""

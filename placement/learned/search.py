@@ -6,8 +6,7 @@ simulation judges.
 2. Each result corrects what is believed of candidates alike (:mod:`placement.learned.surrogate`);
    the next one is that with the greatest expected improvement. Those without any are left for when
    nothing else is: the value head prunes them.
-3. On the best candidates the engine is asked again under other prices of hideable communication; on
-   one that exceeds the memory by little, with every copy counted that a resharding can need.
+3. On the best candidates the engine is asked again under other prices of hideable communication.
 4. Then single decisions of the best plan are changed, judged by the simulation, while it improves.
 
 Deterministic for a seed; whenever it stops it holds the best plan so far.
@@ -21,13 +20,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cost_model.operands import with_operands
 from placement.learned.anytime import Curve, Recorder
-from placement.learned.instance import SOLVER_STEPS, Instance, Outcome, Outer
+from placement.learned.instance import Instance, Outcome, Outer
 from placement.learned.policy import Policy, Proposal, load_policy
 from placement.learned.scoring import fit_score
 from placement.learned.surrogate import Surrogate
-from placement.solver import solve
 from placement.whole import REMAT
 
 NEAR = 0.5
@@ -43,12 +40,8 @@ EXPOSURES = (1.0, 0.1)
 """Other shares of hideable communication charged, besides the instance's own."""
 WORTH = 2e-4
 """Expected relative improvement below which no candidate is opened while others can be refined."""
-ALMOST = 1.5
-"""Times the memory limit up to which a plan is worth another completion."""
 REFINED = 3
 """Best candidates whose plans are refined."""
-_PATIENCE_S = 10.0
-"""Of the wall clock, against stalls."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,26 +176,10 @@ class _Search:
         self.opened[k] = outcome
         self.closed[k] = True
         self.traced.add(int(self.variant[k]))
-        if not outcome.fits and outcome.memory_bytes <= ALMOST * self.instance.limit_bytes:
-            outcome = self._counted(outer, outcome)
         log_time = math.log(max(outcome.step_time_s, 1e-12) / self.proposal.ideal_s)
         self.surrogate.add(k, log_time, outcome.fits)
         if outcome.fits:
             self.plans[k] = outcome
-
-    def _counted(self, outer: Outer, outcome: Outcome) -> Outcome:
-        """A completion that fits where the engine finds one once it counts copies, else the same."""
-        if self.recorder.over():
-            return outcome
-        tables = self.instance.tables(outer)
-        found = solve(
-            with_operands(tables.problem, tables.operands),
-            time_limit_s=_PATIENCE_S,
-            max_evaluations=SOLVER_STEPS,
-            bound=False,
-        )
-        again = self.recorder.offer(outer, self.instance.judge(outer, found.assignment))
-        return again if again.fits else outcome
 
     def _best(self) -> list[int]:
         """Candidates by the step time of their best plan."""

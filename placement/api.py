@@ -7,21 +7,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from graphs.errors import MeshwrightError
 
 OBJECTIVES = ("time", "memory", "energy", "carbon", "cost")
-MEMORY_RESERVE = 0.06
-"""Share of device memory kept free for the runtime and fragmentation."""
-LEARNED = "learned"
-"""Name of the learned optimizer: the policy orders the meshes, the engine completes each."""
-EXPOSURES = (0.3, 1.0)
-"""Shares of hideable communication at which tables are priced; the simulation judges the results."""
 
 
 def optimizers() -> tuple[str, ...]:
     """Names of all optimizers."""
+    from placement.mesh_search import LEARNED
     from placement.optimizers import OPTIMIZERS
 
     return (LEARNED, *OPTIMIZERS)
@@ -70,6 +63,7 @@ def optimize(
     from graphs.groups import group
     from graphs.rules.manual import user_mesh
     from graphs.trace import trace
+    from placement.mesh_search import LEARNED, MeshSearch
     from placement.optimizers import OPTIMIZERS
 
     start = time.monotonic()
@@ -98,7 +92,7 @@ def optimize(
     graph = trace(train_step, *abstract_args, donate_argnums=donated)
     grouping = group(graph, strict=strict)
     layouts = _layouts(parsed, mesh_shape or user_mesh(graph.ops), max_axes)
-    search = _Search(
+    search = MeshSearch(
         grouping=grouping,
         layouts=layouts,
         optimizer=optimizer,
@@ -122,278 +116,6 @@ def _layouts(cluster, mesh_shape, max_axes):
     if mesh_shape is not None:
         return [layout_for(cluster, mesh_shape)]
     return enumerate_layouts(cluster, max_axes=max_axes)
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Candidate:
-    """One judged assignment."""
-
-    layout: Any
-    simulator: Any
-    choices: np.ndarray
-    optimizer: str
-    step_time_s: float
-    memory_bytes: float
-    score: float
-    table_cost_s: float
-    table_bound_s: float
-
-
-class _Search:
-    """Outer search over meshes; the optimizer solves each, the simulation judges."""
-
-    def __init__(
-        self, *, grouping, layouts, optimizer, objective, deadline, max_evaluations, seed, policy
-    ) -> None:
-        from graphs.fold import fold
-
-        self.grouping, self.layouts = grouping, layouts
-        self.optimizer, self.objective = optimizer, objective
-        self.deadline, self.max_evaluations, self.seed = deadline, max_evaluations, seed
-        self.policy, self.tied = policy, fold(grouping)
-        device = layouts[0].cluster.device
-        self.limit = device.hbm_available_bytes * (1.0 - MEMORY_RESERVE)
-        self.candidates: list[_Candidate] = []
-        self.bounds: list[float] = []
-        self.evaluations = 0
-        self.skipped = 0
-        self.memo: dict[tuple, float] = {}
-
-    def run(self) -> None:
-        order = self._order()
-        for n, layout in enumerate(order):
-            if self._expired() and self.candidates:
-                self.skipped = len(order) - n
-                break
-            self._solve_layout(layout, len(order) - n)
-
-    def _order(self):
-        if self.policy is None:
-            return _promising_first(self.layouts)
-        from placement.learned.advice import order_layouts
-
-        return order_layouts(self.policy, self.grouping, self.layouts, self.tied)
-
-    def _expired(self) -> bool:
-        spent = self.max_evaluations is not None and self.evaluations >= self.max_evaluations
-        return spent or time.monotonic() >= self.deadline
-
-    def _solve_layout(self, layout, remaining: int) -> None:
-        from cost_model.operands import with_operands
-        from cost_model.simulate import Simulator
-        from cost_model.tables import build_tables
-        from placement.bound import simulation_bound_s
-        from placement.optimizers import HAND_TUNED, OPTIMIZERS, Budget
-
-        propose = OPTIMIZERS[self.optimizer]
-        base = build_tables(
-            self.grouping,
-            layout,
-            usage_limit_bytes=self.limit,
-            exposure=EXPOSURES[0],
-            tied=self.tied,
-            memo=self.memo,
-        )
-        simulator = Simulator.of(base)
-        self.bounds.append(simulation_bound_s(base, self._slice(remaining)))
-        for exposure in EXPOSURES if self.optimizer in ("search", "exact") else EXPOSURES[:1]:
-            tables = base.at(exposure)
-            evaluations = None
-            if self.max_evaluations is not None:
-                evaluations = max(1, self.max_evaluations - self.evaluations)
-            found = propose(
-                tables,
-                self.seed,
-                Budget(time_limit_s=self._slice(remaining), max_evaluations=evaluations),
-            )
-            self.evaluations += found.evaluations
-            memory = self._judge(layout, simulator, found)
-            if found.feasible and memory > self.limit and self.optimizer not in HAND_TUNED:
-                counted = with_operands(tables.problem, tables.operands)
-                found = propose(
-                    dataclasses.replace(tables, problem=counted),
-                    self.seed,
-                    Budget(time_limit_s=self._slice(remaining), max_evaluations=evaluations),
-                )
-                self.evaluations += found.evaluations
-                self._judge(layout, simulator, found)
-            if self._expired():
-                break
-
-    def _judge(self, layout, simulator, found) -> float:
-        """Add the candidate; its peak memory, bytes."""
-        step, compute, _ = simulator(found.choices)[0]
-        memory = simulator.peak_memory_bytes(found.choices)
-        self.candidates.append(
-            _Candidate(
-                layout=layout,
-                simulator=simulator,
-                choices=found.choices,
-                optimizer=self.optimizer if self.policy is None else LEARNED,
-                step_time_s=float(step),
-                memory_bytes=memory,
-                score=self._score(float(step), float(compute), memory, layout),
-                table_cost_s=found.table_cost_s,
-                table_bound_s=found.lower_bound_s,
-            )
-        )
-        return memory
-
-    def _score(self, step: float, compute: float, memory: float, layout) -> float:
-        from cost_model.energy import devices_energy_j, max_power_w
-
-        if self.objective == "memory":
-            return memory
-        if self.objective in ("energy", "carbon"):  # carbon is energy times the region's intensity
-            max_power_w(layout.cluster.device.name)  # refuses a device of unpublished power
-            return (
-                devices_energy_j(
-                    layout.cluster.device,
-                    n_devices=layout.cluster.n_devices,
-                    step_time_s=step,
-                    compute_time_s=compute,
-                )
-                or 0.0
-            )
-        return step  # time; money is devices x time, and the devices are given
-
-    def plan(self, train_step, abstract_args, donated, start):
-        import jax
-
-        from cost_model.estimate import estimate
-        from cost_model.timeline import timeline
-        from placement.decode import decode
-        from placement.explain import reasons
-        from placement.optimizers import HAND_TUNED
-        from placement.plan import Plan
-
-        fitting = [c for c in self.candidates if c.memory_bytes <= self.limit]
-        if not fitting and self.optimizer not in HAND_TUNED:  # a rule that does not fit is that
-            self._lean()
-            fitting = [c for c in self.candidates if c.memory_bytes <= self.limit]
-        pool = fitting or self.candidates
-        best = min(pool, key=lambda c: c.score if fitting else c.memory_bytes)
-        status = "feasible"
-        if not fitting:
-            status = self._why_not(best)
-        elif self.skipped:
-            status = "time_limit"
-        inputs, outputs, results, operands = decode(
-            best.simulator.tables, best.choices, pin_operands=best.optimizer not in HAND_TUNED
-        )
-        shapes = jax.eval_shape(train_step, *abstract_args)
-        drawn = timeline(best.simulator, best.choices)
-        return Plan(
-            cluster=best.layout.cluster.notation,
-            mesh_shape=best.layout.mesh.shape,
-            placement=best.layout.placement,
-            optimizer=best.optimizer,
-            objective=self.objective,
-            inputs=inputs,
-            outputs=outputs,
-            results=results,
-            operands=operands,
-            donate_argnums=donated,
-            fingerprint=self.grouping.graph.fingerprint,
-            estimate=dataclasses.replace(
-                estimate(best.simulator, best.choices, pinned=best.optimizer not in HAND_TUNED),
-                table_cost_s=best.table_cost_s,
-            ),
-            lower_bound_s=0.0 if self.skipped else min(self.bounds, default=0.0),
-            table_bound_s=best.table_bound_s,
-            evaluations=self.evaluations,
-            planning_time_s=time.monotonic() - start,
-            status=status,
-            warnings=(*self.grouping.warnings, *self._indivisible()),
-            alternatives=tuple(
-                {
-                    "mesh_shape": c.layout.mesh.shape,
-                    "optimizer": c.optimizer,
-                    "step_time_s": c.step_time_s,
-                    "memory_bytes": c.memory_bytes,
-                    "fits": c.memory_bytes <= self.limit,
-                }
-                for c in sorted(self.candidates, key=lambda c: c.score)
-            ),
-            reasons=reasons(best, self.candidates),
-            timeline=tuple((x.lane, x.name, x.kind, x.start_s, x.end_s) for x in drawn.stretches),
-            memory_over_time=drawn.memory,
-            trees=(jax.tree.structure(tuple(abstract_args)), jax.tree.structure(shapes)),
-            assignment=tuple(
-                (tuple(map(int, menu.place[k])), tuple(map(int, menu.scatter[k])))
-                for menu, k in zip(best.simulator.tables.choices, best.choices)
-            ),
-        )
-
-    def _slice(self, remaining: int) -> float:
-        """Seconds one of three solves of a layout may take, when `remaining` layouts are left."""
-        return max(0.05, self.deadline - time.monotonic()) / (3 * remaining)
-
-    def _why_not(self, best: _Candidate) -> str:
-        from placement.fits import smallest_fit
-        from placement.optimizers import HAND_TUNED
-
-        cluster = best.layout.cluster
-        capacity = cluster.device.hbm_available_bytes
-        sentence = (
-            f"no plan fits: the least memory found is {best.memory_bytes / 2**30:.2f} GiB per device "
-            f"and {cluster.device.name} has {capacity / 2**30:.2f} GiB, of which "
-            f"{MEMORY_RESERVE:.0%} is reserved"
-        )
-        if self.optimizer in HAND_TUNED:
-            return f"{sentence}; {self.optimizer} is a fixed rule, use optimizer=search"
-        bigger = smallest_fit(self.grouping, cluster, 1.0 - MEMORY_RESERVE)
-        if bigger is None:
-            return (
-                sentence
-                + "; no larger cluster of this kind was found to fit it, use a smaller batch"
-            )
-        return sentence + f"; the smallest cluster of this kind found to fit it is {bigger}"
-
-    def _lean(self) -> None:
-        """Nothing fits: add the assignment that holds the least, for each mesh tried."""
-        from cost_model.estimate import table_cost
-        from placement.fits import least_memory
-
-        for c in list({id(c.layout): c for c in self.candidates}.values()):
-            tables = c.simulator.tables
-            memory, choices = least_memory(tables)
-            step, compute, _ = c.simulator(choices)[0]
-            self.candidates.append(
-                dataclasses.replace(
-                    c,
-                    choices=choices,
-                    table_cost_s=table_cost(c.simulator, choices),
-                    table_bound_s=0.0,
-                    memory_bytes=memory,
-                    step_time_s=float(step),
-                    score=self._score(float(step), float(compute), memory, c.layout),
-                )
-            )
-
-    def _indivisible(self) -> tuple[str, ...]:
-        """Large arguments that no mesh axis divides."""
-        graph = self.grouping.graph
-        sizes = sorted({n for x in self.layouts for n in x.mesh.axis_sizes if n > 1})
-        found = []
-        for t, name in zip(graph.inputs, graph.input_names):
-            shape = graph.tensors[t].shape
-            big = [n for n in shape if n > 1]
-            if sizes and big and not any(n % s == 0 for n in big for s in sizes):
-                found.append(f"{name}{list(shape)}")
-        if not found:
-            return ()
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        return (
-            f"no mesh axis divides a dimension of {found[0]}{more} (axis sizes tried: "
-            f"{', '.join(map(str, sizes))}), so it is whole on every device; pad the dimension or "
-            "pin another mesh_shape",
-        )
-
-
-def _promising_first(layouts):
-    """Whole-axis layouts before split ones, fewer axes first."""
-    return sorted(layouts, key=lambda x: (x.splits, len(x.mesh.axis_sizes)))
 
 
 def partition_specs(train_step: Callable, *abstract_args: Any, cluster: str, **kwargs: Any):

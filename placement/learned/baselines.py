@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from placement.api import EXPOSURES
 from placement.learned.anytime import Curve, Recorder
 from placement.learned.encoding import (
     CHOICES_OF_AXIS,
@@ -35,6 +34,7 @@ from placement.learned.encoding import (
     random_plan,
 )
 from placement.learned.instance import SOLVER_STEPS, Instance, Outer
+from placement.mesh_search import EXPOSURES
 from placement.whole import REMAT
 
 Baseline = Callable[..., Curve]
@@ -265,9 +265,9 @@ def _complete(instance: Instance, recorder: Recorder, outer: Outer) -> None:
 def product_order(instance: Instance, recorder: Recorder) -> Iterator[Outer]:
     """As :mod:`placement.whole` goes: full rematerialisation over all meshes, more microbatches
     until something fits, then lighter policies on the two best meshes, then all the rest."""
-    from placement.api import _promising_first
+    from placement.mesh_search import promising_first
 
-    layouts = _promising_first(instance.layouts)
+    layouts = promising_first(instance.layouts)
     by_key = {(o.remat, o.microbatches, id(o.layout)): o for o in instance.outers}
     seen: set[int] = set()
 

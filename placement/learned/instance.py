@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from placement.api import MEMORY_RESERVE
 from placement.learned.problems import PlanningProblem
+from placement.mesh_search import MEMORY_RESERVE
 from placement.whole import MICROBATCHES, REMAT
 
 if TYPE_CHECKING:

@@ -144,13 +144,13 @@ def stage_program(
     import jax
     import jax.numpy as jnp
     import optax
-    from jax.sharding import PartitionSpec
+    from jax.sharding import AbstractMesh, PartitionSpec
 
     from graphs.zoo.options import RunOptions
     from graphs.zoo.train_step import abstract_model
     from graphs.zoo.update_rules import update_rule
     from placement.pipeline.schedule import Schedule
-    from placement.pipeline.shardings import state_spec, weight_spec
+    from placement.pipeline.shardings import DATA, state_spec, update_shardings, weight_spec
     from placement.pipeline.stages import pipelined_segment, stage_functions, uneven
 
     program = plan.program
@@ -186,25 +186,38 @@ def stage_program(
     kept = jax.ShapeDtypeStruct((layers.chunks, order.slots, *x.shape), dtype)
     tokens = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
     share = seq_len // stages if seq_len % stages == 0 else seq_len
-    grads = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32), mine)
+    replicas = mesh.get(DATA, 1)
+    grads = jax.tree.map(lambda w: jax.ShapeDtypeStruct((replicas, *w.shape), jnp.float32), mine)
     opt_state = jax.eval_shape(rule.init, mine)
     mask = jnp.ones((layers.slots,), bool)
+    abstract = AbstractMesh(tuple(mesh.values()), tuple(mesh))
+    inner = PartitionSpec(
+        *[tuple(e) if isinstance(e, list) else e for e in program["activation_spec"]]
+    )
 
-    def stage(params, opt_state, grads, kept, arrived, cotangent, tokens, targets, at):
+    def pin(x):
+        if not len(inner):
+            return x
+        here = jax.sharding.get_abstract_mesh() if DATA in mesh else abstract
+        return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(here, inner))
+
+    def tick(params, grads, kept, arrived, cotangent, tokens, targets, at):
+        """A steady tick of one replica; its sums of gradients, added up over replicas at the end."""
         outer = {k: v for k, v in params.items() if k != main.name}
         stacked = jax.tree.map(
             lambda w: w.reshape(layers.chunks, layers.slots, *w.shape[1:]), params[main.name]
         )
         chunk = jax.tree.map(lambda w: w[at[0]], stacked)
-        x = jnp.where(at[2] == 0, parts.embed(outer, tokens), arrived)
+        x = pin(jnp.where(at[2] == 0, parts.embed(outer, tokens), arrived))
         kept = kept.at[at[0], at[1]].set(x)
-        y = parts.layers(chunk, mask, x)
+        y = pin(parts.layers(chunk, mask, x))
         hidden = y.reshape(*y.shape[:1], -1, seq_len // share, y.shape[-1])[:, :, 0]
         loss, (d_outer, d_hidden) = jax.value_and_grad(parts.loss, argnums=(0, 1))(
             outer, hidden, targets
         )
-        _, pull = jax.vjp(lambda w, x: parts.layers(w, mask, x), chunk, kept[at[0], at[3]])
-        d_chunk, dx = pull(cotangent)
+        _, pull = jax.vjp(lambda w, x: parts.layers(w, mask, x), chunk, pin(kept[at[0], at[3]]))
+        d_chunk, dx = pull(pin(cotangent))
+        sums = {k: jax.tree.map(lambda g: g[0], v) for k, v in grads.items()}
         summed = jax.tree.map(
             lambda total, d: (
                 total.reshape(layers.chunks, layers.slots, *total.shape[1:])
@@ -212,17 +225,38 @@ def stage_program(
                 .add(d)
                 .reshape(total.shape)
             ),
-            grads[main.name],
+            sums[main.name],
             d_chunk,
         )
         _, pull = jax.vjp(lambda o: parts.embed(o, tokens), outer)
         (d_embed,) = pull(dx)
-        rest = {k: v for k, v in grads.items() if k != main.name}
+        rest = {k: v for k, v in sums.items() if k != main.name}
         rest = jax.tree.map(lambda a, b, c: a + b + c, rest, d_outer, d_embed)
-        grads = {k: summed if k == main.name else rest[k] for k in grads}
+        found = {k: summed if k == main.name else rest[k] for k in grads}
+        if DATA in mesh:
+            found, loss = jax.lax.psum((found, loss), DATA)
+        return found, kept, y, pin(dx), loss, d_hidden
+
+    rows, stack = PartitionSpec(DATA), PartitionSpec(None, None, DATA)
+    mapped = tick
+    if DATA in mesh:
+        mapped = jax.shard_map(
+            tick,
+            mesh=abstract,
+            in_specs=(PartitionSpec(), rows, stack, rows, rows, rows, rows, PartitionSpec()),
+            out_specs=(PartitionSpec(), stack, rows, rows, PartitionSpec(), rows),
+            axis_names={DATA},
+            check_vma=False,
+        )
+
+    def stage(params, opt_state, grads, kept, *arrived):
+        grads, kept, y, dx, loss, d_hidden = mapped(params, grads, kept, *arrived)
+        if program["zero_stage"] >= 1:
+            own = update_shardings(params, abstract, main.name)
+            grads, params = jax.lax.with_sharding_constraint((grads, params), (own, own))
         updates, opt_state = rule.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        return params, opt_state, grads, kept, y, dx, loss, d_hidden
+        return params, opt_state, kept, y, dx, loss, d_hidden
 
     def spec_of(tree: Any, state: bool = False) -> Any:
         def one(path, leaf):
@@ -233,18 +267,22 @@ def stage_program(
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
-    inner = [tuple(e) if isinstance(e, list) else e for e in program["activation_spec"]]
     along = inner[1] if len(inner) > 1 else None
-    rows = tuple(a for a in ("data", "expert") if mesh.get(a, 1) > 1) or None
-    on = PartitionSpec(rows, along)
-    tokens_on = PartitionSpec(rows)
+    batch_axes = tuple(a for a in (DATA, "expert") if mesh.get(a, 1) > 1) or None
+    on = PartitionSpec(batch_axes, along)
+    tokens_on = PartitionSpec(batch_axes)
     args = (
         mine, opt_state, grads, kept, x, x, tokens,
         jax.ShapeDtypeStruct((batch, share), jnp.int32),
         jax.ShapeDtypeStruct((4,), jnp.int32),
     )  # fmt: skip
-    states = (spec_of(mine), spec_of(opt_state, True), spec_of(mine))
-    kept_on = PartitionSpec(None, None, rows, along)
-    in_specs = (*states, kept_on, on, on, tokens_on, tokens_on, PartitionSpec())
+    states = (spec_of(mine), spec_of(opt_state, True))
+    sums_on = jax.tree.map(
+        lambda spec: PartitionSpec(DATA if DATA in mesh else None, *spec),
+        spec_of(mine),
+        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+    )
+    kept_on = PartitionSpec(None, None, batch_axes, along)
+    in_specs = (*states, sums_on, kept_on, on, on, tokens_on, tokens_on, PartitionSpec())
     out_specs = (*states, kept_on, on, on, PartitionSpec(), on)
     return stage, args, in_specs, out_specs, (0, 1, 2, 3)

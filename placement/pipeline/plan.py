@@ -31,7 +31,7 @@ def build_program(config: ModelConfig, program: Mapping[str, Any]):
     """(train_step, abstract arguments, donate_argnums) of a pipelined plan's program."""
     from placement.pipeline.step import build_pipelined_step
 
-    options = {k: v for k, v in program.items() if k != "zero_stage"}
+    options = dict(program)
     options["activation_spec"] = [
         tuple(e) if isinstance(e, list) else e for e in options.get("activation_spec", ())
     ]

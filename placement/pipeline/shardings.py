@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from placement.pipeline.step import DATA, STAGE
-
+STAGE, DATA = "stage", "data"
+"""Names of the mesh axes that stages lie on, and that split every microbatch."""
 MODEL, CONTEXT, EXPERT = "model", "context", "expert"
 
 _MODEL_DIM = {
@@ -84,6 +84,23 @@ def state_spec(spec: Spec, shape: tuple[int, ...], mesh_shape: Mapping[str, int]
         if free:
             out[max(free, key=lambda d: shape[d])] = (axis,)
     return tuple(out)
+
+
+def update_shardings(params: Any, mesh: Any, segment: str) -> Any:
+    """The NamedSharding of every parameter while it is updated: that of its optimizer state.
+
+    With gradients and parameters cut to it before the update, each device updates its own part, and
+    only the new parameters are gathered.
+    """
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    sizes = dict(mesh.shape)
+
+    def one(path, leaf):
+        spec = state_spec(weight_spec(path, leaf.shape, sizes, segment), leaf.shape, sizes)
+        return NamedSharding(mesh, PartitionSpec(*[axes or None for axes in spec]))
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def argument_specs(

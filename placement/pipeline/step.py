@@ -30,6 +30,7 @@ from graphs.zoo.options import RunOptions
 from graphs.zoo.train_step import abstract_batch, abstract_model
 from graphs.zoo.update_rules import learning_rates, update_rule
 from placement.pipeline.schedule import Phase, Schedule
+from placement.pipeline.shardings import DATA, STAGE, update_shardings
 from placement.pipeline.stages import (
     Layout,
     StageFunctions,
@@ -38,9 +39,6 @@ from placement.pipeline.stages import (
     stage_functions,
     uneven,
 )
-
-STAGE, DATA = "stage", "data"
-"""Names of the mesh axes that stages lie on, and that split every microbatch."""
 
 
 def build_pipelined_step(
@@ -53,6 +51,7 @@ def build_pipelined_step(
     chunks: int = 1,
     layers: Sequence[int] | None = None,
     activation_spec: Sequence[Any] = (),
+    zero_stage: int = 0,
     seq_len: int | None = None,
     optimizer: str = "adamw",
     optimizer_state_dtype: str = "float32",
@@ -73,6 +72,7 @@ def build_pipelined_step(
       layers: repeated layers of each virtual stage, first to last; as even as can be where None.
       activation_spec: PartitionSpec entries, of the other axes, of a replica's activations
         [B, S, D].
+      zero_stage: 1 updates each parameter where its optimizer state lies (ZeRO, arXiv:1910.02054).
       options: of `graphs.zoo.options.RunOptions`.
       The rest as `graphs.zoo.build_train_step`.
 
@@ -100,11 +100,12 @@ def build_pipelined_step(
         clip_norm=clip_norm,
         state_dtype=optimizer_state_dtype,
     )
+    mesh = AbstractMesh(tuple(mesh_shape.values()), tuple(mesh_shape))
     gradients = _pipelined(
         parts,
         plan,
         layout,
-        AbstractMesh(tuple(mesh_shape.values()), tuple(mesh_shape)),
+        mesh,
         shape=(global_batch // microbatches // replicas, seq_len, config.d_model),
         dtype=jnp.dtype(run.compute_dtype),
         spec=PartitionSpec(*activation_spec),
@@ -112,6 +113,9 @@ def build_pipelined_step(
 
     def train_step(params, opt_state, batch):
         loss, grads = gradients(params, batch)
+        if zero_stage >= 1:
+            own = update_shardings(params, mesh, parts.segment)
+            grads, params = jax.lax.with_sharding_constraint((grads, params), (own, own))
         updates, opt_state = rule.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, {"loss": loss}
 

@@ -40,6 +40,9 @@ EXPOSURES = (1.0, 0.1)
 """Other shares of hideable communication charged, besides the instance's own."""
 WORTH = 2e-4
 """Expected relative improvement below which no candidate is opened while others can be refined."""
+OPENED = 24
+"""Candidates that are opened whatever the expected improvement, where time is not short: beliefs
+about a problem can be wrong at first."""
 REFINED = 3
 """Best candidates whose plans are refined."""
 
@@ -161,7 +164,7 @@ class _Search:
             return int(score.argmax())
         best = math.log(self.recorder.best.step_time_s / self.proposal.ideal_s)
         gain = np.where(allowed, self.surrogate.improvement(best), -np.inf) + 1e-12 * self.score
-        if gain.max() <= WORTH:
+        if gain.max() <= WORTH and (self.hurried or len(self.opened) >= OPENED):
             return None
         return int((gain / cost).argmax() if self.hurried else gain.argmax())
 

@@ -150,7 +150,14 @@ def stage_program(
     from graphs.zoo.train_step import abstract_model
     from graphs.zoo.update_rules import update_rule
     from placement.pipeline.schedule import Schedule
-    from placement.pipeline.shardings import DATA, state_spec, update_shardings, weight_spec
+    from placement.pipeline.shardings import (
+        DATA,
+        manual_specs,
+        state_spec,
+        summed_over,
+        update_shardings,
+        weight_spec,
+    )
     from placement.pipeline.stages import pipelined_segment, stage_functions, uneven
 
     program = plan.program
@@ -191,6 +198,7 @@ def stage_program(
     opt_state = jax.eval_shape(rule.init, mine)
     mask = jnp.ones((layers.slots,), bool)
     abstract = AbstractMesh(tuple(mesh.values()), tuple(mesh))
+    grads_on = manual_specs(mine, abstract, main.name, program["zero_stage"])
     inner = PartitionSpec(
         *[tuple(e) if isinstance(e, list) else e for e in program["activation_spec"]]
     )
@@ -234,7 +242,8 @@ def stage_program(
         rest = jax.tree.map(lambda a, b, c: a + b + c, rest, d_outer, d_embed)
         found = {k: summed if k == main.name else rest[k] for k in grads}
         if DATA in mesh:
-            found, loss = jax.lax.psum((found, loss), DATA)
+            loss = jax.lax.psum(loss, DATA)
+            found = jax.tree.map(lambda g, spec: summed_over(g, (DATA,), spec), found, grads_on)
         return found, kept, y, pin(dx), loss, d_hidden
 
     rows, stack = PartitionSpec(DATA), PartitionSpec(None, None, DATA)
@@ -244,7 +253,7 @@ def stage_program(
             tick,
             mesh=abstract,
             in_specs=(PartitionSpec(), rows, stack, rows, rows, rows, rows, PartitionSpec()),
-            out_specs=(PartitionSpec(), stack, rows, rows, PartitionSpec(), rows),
+            out_specs=(grads_on, stack, rows, rows, PartitionSpec(), rows),
             axis_names={DATA},
             check_vma=False,
         )

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from graphs.errors import MeshwrightError
-from placement.suite_rows import PEER, PLAN, load_rows
+from placement.suite_rows import PEER, is_plan, load_rows
 
 FITTED = (
     "public_dense",
@@ -79,7 +79,7 @@ class Comparison:
     @property
     def planned(self) -> bool:
         """Whether every operand was pinned, so that the program is the plan."""
-        return self.optimizer == PLAN
+        return is_plan(self.optimizer)
 
     @property
     def error(self) -> float:
@@ -207,7 +207,7 @@ def _predict(record: Record, cluster: str, grouping: Any) -> tuple[Any, float]:
                 "the record makes a choice that the program no longer has; plan and compile again"
             )
         picks.append(int(np.flatnonzero(same)[0]))
-    found = estimate(Simulator.of(tables), np.array(picks), pinned=record.optimizer == PLAN)
+    found = estimate(Simulator.of(tables), np.array(picks), pinned=is_plan(record.optimizer))
     return found, float(layout.cluster.device.hbm_available_bytes)
 
 

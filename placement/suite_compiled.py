@@ -27,6 +27,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from graphs.errors import MeshwrightError
 from placement import compile_cache
 from placement.compile_cache import write_atomically
@@ -37,6 +39,7 @@ from placement.suite_rows import (
     Row,
     as_csv,
     as_line,
+    is_plan,
     load_rows,
     print_table,
     summarize,
@@ -78,6 +81,7 @@ def evaluate(
     time_limit_s: float = 10.0,
     timeout_s: float = 1800.0,
     baseline_constraints: str = "activations",
+    meshes: int = 0,
     results: str | None = None,
 ) -> int:
     """Run what is missing, then write ``results.csv`` and ``summary.json`` and print the table.
@@ -92,6 +96,9 @@ def evaluate(
       time_limit_s: of planning.
       timeout_s: of one compile.
       baseline_constraints: ``activations`` or ``all``, see the module docstring.
+      meshes: other meshes of each case that are planned and compiled as well, every operand
+        pinned, to compare the cost model with (`placement.compiled_fidelity`). Their rows are named
+        ``plan@data=4,model=2`` and stand against no rule.
       results: also copy the results to this folder.
 
     Returns:
@@ -110,9 +117,10 @@ def evaluate(
     folder = pathlib.Path(out)
     (folder / "rows").mkdir(parents=True, exist_ok=True)
     for name in wanted:
+        own = [*names, *(_other_meshes(name, every[name], meshes, time_limit_s) if meshes else ())]
         missing = {
             which: folder / "rows" / f"{name}.{which}.json"
-            for which in names
+            for which in own
             if which in redo or not (folder / "rows" / f"{name}.{which}.json").exists()
         }
         # Plans are made first, so that the compiler is not kept from others while planning.
@@ -167,13 +175,11 @@ def _prepare(
             return lambda: _guarded(
                 name, case, which, lambda: _peer(name, case, program, timeout_s)
             )
-        plan, planning = _plan(
-            case["cluster"], program, optimizer if which == PLAN else which, time_limit_s
-        )
+        plan, planning = _plan(case["cluster"], program, which, optimizer, time_limit_s)
     except MeshwrightError as error:
         row = _row(name, case, which, status="error", message=str(error))
         return lambda: row
-    if not pinned and which != PLAN:
+    if not pinned and not is_plan(which):
         plan = dataclasses.replace(plan, operands={})
     return lambda: _guarded(
         name,
@@ -190,13 +196,37 @@ def _guarded(name: str, case: Mapping[str, Any], which: str, make: Callable[[], 
         return _row(name, case, which, status="error", message=str(error))
 
 
+def _other_meshes(name: str, case: Mapping[str, Any], count: int, time_limit_s: float) -> list[str]:
+    """Names of plans on other meshes: evenly from the best to those predicted twice as slow."""
+    from graphs.zoo import ModelConfig, build_train_step
+
+    program = build_train_step(ModelConfig(name=name, **case["model"]), **case["step"])
+    plan, _ = _plan(case["cluster"], program, PLAN, None, time_limit_s)
+    slowest = 2.0 * plan.estimate.step_time_s
+    shapes = [
+        ",".join(f"{axis}={n}" for axis, n in found["mesh_shape"].items())
+        for found in sorted(plan.alternatives, key=lambda a: a["step_time_s"])
+        if found["fits"] and found["step_time_s"] <= slowest
+        and found["mesh_shape"] != plan.mesh_shape
+    ]  # fmt: skip
+    shapes = list(dict.fromkeys(shapes))
+    picked = np.unique(np.linspace(0, len(shapes) - 1, min(count, len(shapes))).astype(int))
+    return [f"{PLAN}@{shapes[i]}" for i in picked]
+
+
 def _plan(
-    cluster: str, program: Any, optimizer: str | None, time_limit_s: float
+    cluster: str, program: Any, which: str, optimizer: str | None, time_limit_s: float
 ) -> tuple[Any, float]:
+    """The plan of a row's name, and the seconds it took."""
     import placement
 
     step, args, donated = program
-    chosen: dict[str, Any] = {} if optimizer is None else {"optimizer": optimizer}
+    chosen: dict[str, Any] = {} if is_plan(which) else {"optimizer": which}
+    if is_plan(which) and optimizer is not None:
+        chosen["optimizer"] = optimizer
+    if "@" in which:
+        sizes = (part.split("=") for part in which.partition("@")[2].split(","))
+        chosen["mesh_shape"] = {axis: int(n) for axis, n in sizes}
     began = time.monotonic()
     plan = placement.optimize(
         step,

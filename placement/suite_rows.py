@@ -25,6 +25,11 @@ BASELINES = (
 )
 
 
+def is_plan(optimizer: str) -> bool:
+    """Whether a row's program is the plan in every operand: the product's, or one on another mesh."""
+    return optimizer.partition("@")[0] == PLAN
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """One plan of one case, compiled."""

@@ -3,8 +3,9 @@
 All stages of a pipelined step run one program in lock step, so that one compilation speaks for every
 stage. The stage's program is what it does at a tick in the steady state, and the update of its weights
 once: embed tokens, run a chunk of layers forward and keep the input, compute the loss of its share of
-positions, run a chunk backward from a kept input, add up gradients. Its arguments are all that a stage
-holds: weights, optimizer state, summed gradients, kept inputs. So the compiler's memory is the stage's.
+positions, run a chunk backward from a kept input, add up gradients. Its arguments are what a stage
+holds, weights, optimizer state and kept inputs, and inside it holds the sums of gradients. So the
+compiler's memory is the stage's.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class StageCompiled:
     message: str
     peak_bytes: float
     held_bytes: float
-    """Of it the arguments: weights, optimizer state, gradients, kept inputs."""
+    """Of it the arguments: weights, optimizer state, kept inputs."""
     capacity_bytes: float
     tick_time_s: float
     """One steady tick and one update, by the compiler's schedule; NaN if it did not compile."""
@@ -193,8 +194,6 @@ def stage_program(
     kept = jax.ShapeDtypeStruct((layers.chunks, order.slots, *x.shape), dtype)
     tokens = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
     share = seq_len // stages if seq_len % stages == 0 else seq_len
-    replicas = mesh.get(DATA, 1)
-    grads = jax.tree.map(lambda w: jax.ShapeDtypeStruct((replicas, *w.shape), jnp.float32), mine)
     opt_state = jax.eval_shape(rule.init, mine)
     mask = jnp.ones((layers.slots,), bool)
     abstract = AbstractMesh(tuple(mesh.values()), tuple(mesh))
@@ -209,8 +208,10 @@ def stage_program(
         here = jax.sharding.get_abstract_mesh() if DATA in mesh else abstract
         return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(here, inner))
 
-    def tick(params, grads, kept, arrived, cotangent, tokens, targets, at):
+    def tick(params, kept, arrived, cotangent, tokens, targets, at):
         """A steady tick of one replica; its sums of gradients, added up over replicas at the end."""
+        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
+        sums = jax.lax.optimization_barrier(zeros)  # as from the ticks before
         outer = {k: v for k, v in params.items() if k != main.name}
         stacked = jax.tree.map(
             lambda w: w.reshape(layers.chunks, layers.slots, *w.shape[1:]), params[main.name]
@@ -225,7 +226,6 @@ def stage_program(
         )
         _, pull = jax.vjp(lambda w, x: parts.layers(w, mask, x), chunk, pin(kept[at[0], at[3]]))
         d_chunk, dx = pull(pin(cotangent))
-        sums = {k: jax.tree.map(lambda g: g[0], v) for k, v in grads.items()}
         summed = jax.tree.map(
             lambda total, d: (
                 total.reshape(layers.chunks, layers.slots, *total.shape[1:])
@@ -240,7 +240,7 @@ def stage_program(
         (d_embed,) = pull(dx)
         rest = {k: v for k, v in sums.items() if k != main.name}
         rest = jax.tree.map(lambda a, b, c: a + b + c, rest, d_outer, d_embed)
-        found = {k: summed if k == main.name else rest[k] for k in grads}
+        found = {k: summed if k == main.name else rest[k] for k in sums}
         if DATA in mesh:
             loss = jax.lax.psum(loss, DATA)
             found = jax.tree.map(lambda g, spec: summed_over(g, (DATA,), spec), found, grads_on)
@@ -252,17 +252,17 @@ def stage_program(
         mapped = jax.shard_map(
             tick,
             mesh=abstract,
-            in_specs=(PartitionSpec(), rows, stack, rows, rows, rows, rows, PartitionSpec()),
+            in_specs=(PartitionSpec(), stack, rows, rows, rows, rows, PartitionSpec()),
             out_specs=(grads_on, stack, rows, rows, PartitionSpec(), rows),
             axis_names={DATA},
             check_vma=False,
         )
 
-    def stage(params, opt_state, grads, kept, *arrived):
-        grads, kept, y, dx, loss, d_hidden = mapped(params, grads, kept, *arrived)
+    def stage(params, opt_state, kept, *arrived):
+        grads, kept, y, dx, loss, d_hidden = mapped(params, kept, *arrived)
         if program["zero_stage"] >= 1:
             own = update_shardings(params, abstract, main.name)
-            grads, params = jax.lax.with_sharding_constraint((grads, params), (own, own))
+            grads = jax.lax.with_sharding_constraint(grads, own)
         updates, opt_state = rule.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         return params, opt_state, kept, y, dx, loss, d_hidden
@@ -281,17 +281,12 @@ def stage_program(
     on = PartitionSpec(batch_axes, along)
     tokens_on = PartitionSpec(batch_axes)
     args = (
-        mine, opt_state, grads, kept, x, x, tokens,
+        mine, opt_state, kept, x, x, tokens,
         jax.ShapeDtypeStruct((batch, share), jnp.int32),
         jax.ShapeDtypeStruct((4,), jnp.int32),
     )  # fmt: skip
     states = (spec_of(mine), spec_of(opt_state, True))
-    sums_on = jax.tree.map(
-        lambda spec: PartitionSpec(DATA if DATA in mesh else None, *spec),
-        spec_of(mine),
-        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
-    )
     kept_on = PartitionSpec(None, None, batch_axes, along)
-    in_specs = (*states, sums_on, kept_on, on, on, tokens_on, tokens_on, PartitionSpec())
+    in_specs = (*states, kept_on, on, on, tokens_on, tokens_on, PartitionSpec())
     out_specs = (*states, kept_on, on, on, PartitionSpec(), on)
-    return stage, args, in_specs, out_specs, (0, 1, 2, 3)
+    return stage, args, in_specs, out_specs, (0, 1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -37,6 +38,39 @@ def tensor_specs(tables: Tables, assignment: np.ndarray) -> dict[int, Spec]:
     return specs
 
 
+def axis_order(tables: Tables, assignment: np.ndarray, specs: dict[int, Spec]) -> tuple[int, ...]:
+    """Mesh axes, major first, where one dimension lies on several.
+
+    Where a reader needs a dimension on fewer axes, those that stay have to be the major ones: then
+    each device gathers neighbours. Else its part of the result is no range of what its group holds,
+    and XLA gathers the whole tensor on all axes and cuts it. The order is the one by which the fewest
+    bytes are moved so; the mesh's where none matters.
+    """
+    grouping, n_axes = tables.grouping, len(tables.layout.mesh.axis_sizes)
+    times = grouping.graph.multiplicities()
+    changes: dict[tuple[frozenset, frozenset], float] = {}
+    for g, item in enumerate(grouping.groups):
+        node = int(tables.node_of[g])
+        menu, pick = tables.choices[node], int(assignment[node])
+        for view in item.views:
+            tensor = item.source if item.kind == COPY else view.tensor
+            needed = spec_of(menu.specs(view.dims)[pick], len(view.dims))
+            weight = grouping.graph.tensors[tensor].n_bytes * times[view.region]
+            for have, want in zip(specs.get(tensor, ()), needed):
+                few, many = sorted((frozenset(have), frozenset(want)), key=len)
+                if few and few < many:
+                    changes[few, many] = changes.get((few, many), 0.0) + weight
+
+    def moved(order: tuple[int, ...]) -> float:
+        return sum(
+            weight
+            for (few, many), weight in changes.items()
+            if set([a for a in order if a in many][: len(few)]) != few
+        )
+
+    return min(itertools.permutations(range(n_axes)), key=moved)
+
+
 def decode(
     tables: Tables, assignment: np.ndarray, *, pin_operands: bool = True
 ) -> tuple[
@@ -55,9 +89,12 @@ def decode(
     names = tables.layout.mesh.axis_names
     sizes = tables.layout.mesh.axis_sizes
     specs = tensor_specs(tables, assignment)
+    order = tuple(range(len(names)))
+    if pin_operands:
+        order = axis_order(tables, assignment, specs)
 
     def named(spec: Spec) -> SpecEntries:
-        return tuple(tuple(names[a] for a in dim if sizes[a] > 1) for dim in spec)
+        return tuple(tuple(names[a] for a in order if a in dim and sizes[a] > 1) for dim in spec)
 
     def leaf(t: int, name: str, spec: Spec) -> LeafSpec:
         tensor = graph.tensors[t]

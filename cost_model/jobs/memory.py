@@ -141,7 +141,7 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     loss = logits + table_gathered
     loss = np.where(jobs.caching_allocator > 0, loss, np.maximum(loss - working, 0.0))
     first_total = first_total + np.where(alone, loss, 0.0)
-    # XLA gathers the float32 updates of all weights whose optimizer state is split, to add them
+    # XLA holds the gathered new weights beside the old where optimizer state is split
     updates = 4.0 * (first * dense + tables) * (replicas > 1)
     updates = updates + 4.0 * first * experts * (expert_replicas > 1)
     updates = np.where(lockstep & (jobs.zero_stage >= 1) & ~gathered, updates, 0.0)

@@ -3,9 +3,8 @@
 All stages of a pipelined step run one program in lock step, so that one compilation speaks for every
 stage. The stage's program is what it does at a tick in the steady state, and the update of its weights
 once: embed tokens, run a chunk of layers forward and keep the input, compute the loss of its share of
-positions, run a chunk backward from a kept input, add up gradients. Its arguments are what a stage
-holds, weights, optimizer state and kept inputs, and inside it holds the sums of gradients. So the
-compiler's memory is the stage's.
+positions, run a chunk backward from a kept input, add up gradients. It holds what a stage holds:
+weights, optimizer state, kept inputs, sums of gradients. So the compiler's memory is the stage's.
 """
 
 from __future__ import annotations
@@ -37,7 +36,8 @@ class StageCompiled:
     message: str
     peak_bytes: float
     held_bytes: float
-    """Of it the arguments: weights, optimizer state, kept inputs."""
+    """Of it the arguments: weights, optimizer state, kept inputs, and sums of gradients where other
+    axes than data shard the stage."""
     capacity_bytes: float
     tick_time_s: float
     """One steady tick and one update, by the compiler's schedule; NaN if it did not compile."""
@@ -208,10 +208,20 @@ def stage_program(
         here = jax.sharding.get_abstract_mesh() if DATA in mesh else abstract
         return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(here, inner))
 
-    def tick(params, kept, arrived, cotangent, tokens, targets, at):
+    # The sums of gradients of the ticks before. Made inside, their memory is free for the reduction,
+    # as in the step's loop; but XLA then keeps them whole on axes that are left to it, so that there
+    # they are an argument (and their reduction counts beside them).
+    inside = set(mesh) <= {DATA}
+    replicas = mesh.get(DATA, 1)
+    sums_of = jax.tree.map(lambda w: jax.ShapeDtypeStruct((replicas, *w.shape), jnp.float32), mine)
+
+    def tick(params, sums, kept, arrived, cotangent, tokens, targets, at):
         """A steady tick of one replica; its sums of gradients, added up over replicas at the end."""
-        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
-        sums = jax.lax.optimization_barrier(zeros)  # as from the ticks before
+        if inside:
+            zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
+            sums = jax.lax.optimization_barrier(zeros)
+        else:
+            sums = jax.tree.map(lambda g: g[0], sums)
         outer = {k: v for k, v in params.items() if k != main.name}
         stacked = jax.tree.map(
             lambda w: w.reshape(layers.chunks, layers.slots, *w.shape[1:]), params[main.name]
@@ -252,17 +262,26 @@ def stage_program(
         mapped = jax.shard_map(
             tick,
             mesh=abstract,
-            in_specs=(PartitionSpec(), stack, rows, rows, rows, rows, PartitionSpec()),
+            in_specs=(
+                PartitionSpec(),
+                None if inside else rows,
+                stack,
+                rows,
+                rows,
+                rows,
+                rows,
+                PartitionSpec(),
+            ),
             out_specs=(grads_on, stack, rows, rows, PartitionSpec(), rows),
             axis_names={DATA},
             check_vma=False,
         )
 
-    def stage(params, opt_state, kept, *arrived):
-        grads, kept, y, dx, loss, d_hidden = mapped(params, kept, *arrived)
+    def stage(params, opt_state, sums, kept, *arrived):
+        grads, kept, y, dx, loss, d_hidden = mapped(params, sums, kept, *arrived)
         if program["zero_stage"] >= 1:
             own = update_shardings(params, abstract, main.name)
-            grads = jax.lax.with_sharding_constraint(grads, own)
+            grads, params = jax.lax.with_sharding_constraint((grads, params), (own, own))
         updates, opt_state = rule.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         return params, opt_state, kept, y, dx, loss, d_hidden
@@ -281,12 +300,26 @@ def stage_program(
     on = PartitionSpec(batch_axes, along)
     tokens_on = PartitionSpec(batch_axes)
     args = (
-        mine, opt_state, kept, x, x, tokens,
+        mine, opt_state, None if inside else sums_of, kept, x, x, tokens,
         jax.ShapeDtypeStruct((batch, share), jnp.int32),
         jax.ShapeDtypeStruct((4,), jnp.int32),
     )  # fmt: skip
     states = (spec_of(mine), spec_of(opt_state, True))
+    sums_on = jax.tree.map(
+        lambda spec: PartitionSpec(DATA if DATA in mesh else None, *spec),
+        spec_of(mine),
+        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+    )
     kept_on = PartitionSpec(None, None, batch_axes, along)
-    in_specs = (*states, kept_on, on, on, tokens_on, tokens_on, PartitionSpec())
+    in_specs = (
+        *states,
+        None if inside else sums_on,
+        kept_on,
+        on,
+        on,
+        tokens_on,
+        tokens_on,
+        PartitionSpec(),
+    )
     out_specs = (*states, kept_on, on, on, PartitionSpec(), on)
-    return stage, args, in_specs, out_specs, (0, 1, 2)
+    return stage, args, in_specs, out_specs, (0, 1, 2, 3)

@@ -87,10 +87,10 @@ def state_spec(spec: Spec, shape: tuple[int, ...], mesh_shape: Mapping[str, int]
 
 
 def update_shardings(params: Any, mesh: Any, segment: str) -> Any:
-    """The NamedSharding of every gradient for the update: that of its optimizer state.
+    """The NamedSharding of every parameter while it is updated: that of its optimizer state.
 
-    Each device then updates its own part, and XLA gathers the updates to add them in place; were the
-    parameters cut and the new ones gathered, it would hold both and a copy.
+    With gradients and parameters cut to it before the update, each device updates its own part, and
+    only the new parameters are gathered.
     """
     from jax.sharding import NamedSharding, PartitionSpec
 

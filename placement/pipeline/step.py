@@ -118,7 +118,7 @@ def build_pipelined_step(
         loss, grads = gradients(params, batch)
         if zero_stage >= 1:
             own = update_shardings(params, mesh, parts.segment)
-            grads = jax.lax.with_sharding_constraint(grads, own)
+            grads, params = jax.lax.with_sharding_constraint((grads, params), (own, own))
         updates, opt_state = rule.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, {"loss": loss}
 

@@ -153,9 +153,7 @@ def stage_program(
     from placement.pipeline.schedule import Schedule
     from placement.pipeline.shardings import (
         DATA,
-        manual_specs,
         state_spec,
-        summed_over,
         update_shardings,
         weight_spec,
     )
@@ -197,7 +195,6 @@ def stage_program(
     opt_state = jax.eval_shape(rule.init, mine)
     mask = jnp.ones((layers.slots,), bool)
     abstract = AbstractMesh(tuple(mesh.values()), tuple(mesh))
-    grads_on = manual_specs(mine, abstract, main.name, program["zero_stage"])
     inner = PartitionSpec(
         *[tuple(e) if isinstance(e, list) else e for e in program["activation_spec"]]
     )
@@ -252,8 +249,7 @@ def stage_program(
         rest = jax.tree.map(lambda a, b, c: a + b + c, rest, d_outer, d_embed)
         found = {k: summed if k == main.name else rest[k] for k in sums}
         if DATA in mesh:
-            loss = jax.lax.psum(loss, DATA)
-            found = jax.tree.map(lambda g, spec: summed_over(g, (DATA,), spec), found, grads_on)
+            found, loss = jax.lax.psum((found, loss), DATA)
         return found, kept, y, pin(dx), loss, d_hidden
 
     rows, stack = PartitionSpec(DATA), PartitionSpec(None, None, DATA)
@@ -272,7 +268,7 @@ def stage_program(
                 rows,
                 PartitionSpec(),
             ),
-            out_specs=(grads_on, stack, rows, rows, PartitionSpec(), rows),
+            out_specs=(PartitionSpec(), stack, rows, rows, PartitionSpec(), rows),
             axis_names={DATA},
             check_vma=False,
         )

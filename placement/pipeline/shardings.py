@@ -103,31 +103,17 @@ def update_shardings(params: Any, mesh: Any, segment: str) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def manual_specs(params: Any, mesh: Any, segment: str, zero_stage: int) -> Any:
-    """PartitionSpec of every gradient on the stage and data axes: what is reduced to parts there."""
+def manual_specs(params: Any, mesh: Any, segment: str) -> Any:
+    """PartitionSpec of every gradient on the stage axis, the only manual one that parameters lie on."""
     from jax.sharding import PartitionSpec
 
     sizes = dict(mesh.shape)
 
     def one(path, leaf):
         spec = weight_spec(path, leaf.shape, sizes, segment)
-        if zero_stage >= 1:
-            spec = state_spec(spec, leaf.shape, sizes)
-        here = [tuple(a for a in axes if a in (STAGE, DATA)) for axes in spec]
-        return PartitionSpec(*[axes or None for axes in here])
+        return PartitionSpec(*[STAGE if STAGE in axes else None for axes in spec])
 
     return jax.tree_util.tree_map_with_path(one, params)
-
-
-def summed_over(x: jax.Array, axes: tuple[str, ...], spec: Any) -> jax.Array:
-    """The sum over manual mesh axes; the part of it where the spec lays a dimension on an axis."""
-    for axis in axes:
-        dims = [d for d, on in enumerate(spec) if on is not None and axis in on]
-        if dims:
-            x = jax.lax.psum_scatter(x, axis, scatter_dimension=dims[0], tiled=True)
-        else:
-            x = jax.lax.psum(x, axis)
-    return x
 
 
 def argument_specs(

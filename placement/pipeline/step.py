@@ -30,7 +30,7 @@ from graphs.zoo.options import RunOptions
 from graphs.zoo.train_step import abstract_batch, abstract_model
 from graphs.zoo.update_rules import learning_rates, update_rule
 from placement.pipeline.schedule import Phase, Schedule
-from placement.pipeline.shardings import DATA, STAGE, manual_specs, summed_over, update_shardings
+from placement.pipeline.shardings import DATA, STAGE, manual_specs, update_shardings
 from placement.pipeline.stages import (
     Layout,
     StageFunctions,
@@ -111,7 +111,7 @@ def build_pipelined_step(
         shape=(global_batch // microbatches // replicas, seq_len, config.d_model),
         dtype=jnp.dtype(run.compute_dtype),
         spec=PartitionSpec(*activation_spec),
-        grads_on=manual_specs(params, mesh, parts.segment, zero_stage),
+        grads_on=manual_specs(params, mesh, parts.segment),
     )
 
     def train_step(params, opt_state, batch):
@@ -177,11 +177,11 @@ def _pipelined(
             name: summed[name] for name in grads_on
         }  # as in grads_on, so that trees are equal
 
-        def mean(path, g, spec):
+        def mean(path, g):
             axes = data if path[0].key == parts.segment else manual
-            return summed_over(g, axes, spec) / n_means
+            return (jax.lax.psum(g, axes) if axes else g) / n_means
 
-        return loss, jax.tree_util.tree_map_with_path(mean, summed, grads_on)
+        return loss, jax.tree_util.tree_map_with_path(mean, summed)
 
     on_stage, tokens = PartitionSpec(STAGE), PartitionSpec(None, data or None)
     mapped = jax.shard_map(

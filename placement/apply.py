@@ -38,6 +38,47 @@ def constrained(closed, constraints: Constraints, mesh, flat_args: list) -> list
     return [v for v, _ in walker.walk(closed.jaxpr, consts, inputs)]
 
 
+def steps(have: tuple, want: tuple) -> list[tuple]:
+    """PartitionSpec entries on the way from one sharding to another, the last one ``want``.
+
+    Each step is one that XLA's partitioner has a collective for: cut along axes that are free; swap
+    axes of a dimension so that those that stay are the major ones; gather along axes that go; move
+    axes between dimensions; cut along the rest. Of several at once it gathers the whole tensor.
+    """
+    have, want = (tuple(_axes(dim) for dim in spec) for spec in (have, want))
+    held = {a for dim in have for a in dim}
+    needed = {a for dim in want for a in dim}
+    found: list[tuple] = []
+
+    def emit(dims) -> None:
+        spec = tuple(tuple(dim) or None for dim in dims)
+        if spec != (found[-1] if found else tuple(dim or None for dim in have)):
+            found.append(spec)
+
+    now = [list(dim) for dim in have]
+    for dim, goal in zip(now, want):
+        for i, axis in enumerate(goal):
+            if axis not in held and dim == list(goal[:i]):
+                dim.append(axis)
+    emit(now)
+    for d, goal in enumerate(want):
+        stay = [a for a in goal if a in now[d]]
+        move = [a for a in now[d] if a in needed and a not in stay]
+        now[d] = stay + move + [a for a in now[d] if a not in needed]
+    emit(now)
+    now = [[a for a in dim if a in needed] for dim in now]
+    emit(now)
+    here = {a for dim in now for a in dim}
+    emit([[a for a in goal if a in here] for goal in want])
+    emit(want)
+    return found or [tuple(dim or None for dim in want)]
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one PartitionSpec entry."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 class _Walker:
     """Mirrors graphs.trace._Builder: a value travels with its tensor number."""
 
@@ -64,7 +105,10 @@ class _Walker:
         for scope in self.copies:
             if (t, spec) in scope:
                 return scope[(t, spec)]
-        pinned = self._pin(x, spec)
+        pinned = x
+        have = self.constraints.results.get(t)
+        for step in [spec] if have is None else steps(have, spec):
+            pinned = self._pin(pinned, step)
         self.copies[-1][(t, spec)] = pinned
         return pinned
 

@@ -194,7 +194,6 @@ def read_until(grouping: Grouping, held: set[int], replaced: set[int]) -> np.nda
     one of the same size that it is made from (XLA keeps either and computes the other).
     """
     graph = grouping.graph
-    size = [math.prod(t.shape) for t in graph.tensors]
     ends = _Ends(graph)
     until = np.full(len(graph.tensors), -1, np.int64)
     until[[t for t in graph.outputs if t >= 0]] = len(graph.ops) + 1
@@ -208,7 +207,7 @@ def read_until(grouping: Grouping, held: set[int], replaced: set[int]) -> np.nda
                 for u in op.outputs:
                     if u in replaced and graph.tensors[u].n_bytes == graph.tensors[t].n_bytes:
                         end = i
-                    elif u not in held and size[t] <= size[u]:
+                    elif u not in held and _size(graph, t) <= _size(graph, u):
                         end = int(until[u])
             until[t] = max(until[t], end)
     return until

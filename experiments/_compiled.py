@@ -36,7 +36,7 @@ def compiled_section(folder: pathlib.Path, refit: bool) -> list[str]:
         bands_module.load.cache_clear()
     found = summarize(compared)
     lines = [
-        "## Whole train steps through the TPU compiler (`meshwright evaluate suite=compiled`)",
+        "## Whole train steps through the TPU compiler (`meshwright evaluate suite=compiled meshes=4`)",
         "",
         f"{found['rows']} plans of {len(found['cases'])} cases compiled by XLA:TPU and timed by its "
         "schedule, predicted again by the present model from the assignments that were compiled. "

@@ -17,6 +17,7 @@ from jax.core import eval_jaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
 from graphs._jaxpr import called_jaxpr, open_jaxpr
+from graphs.rules.manual import entry_axes
 from graphs.trace import abstract
 
 
@@ -45,7 +46,7 @@ def steps(have: tuple, want: tuple) -> list[tuple]:
     axes of a dimension so that those that stay are the major ones; gather along axes that go; move
     axes between dimensions; cut along the rest. Of several at once it gathers the whole tensor.
     """
-    have, want = (tuple(_axes(dim) for dim in spec) for spec in (have, want))
+    have, want = (tuple(entry_axes(dim) for dim in spec) for spec in (have, want))
     held = {a for dim in have for a in dim}
     needed = {a for dim in want for a in dim}
     found: list[tuple] = []
@@ -72,11 +73,6 @@ def steps(have: tuple, want: tuple) -> list[tuple]:
     emit([[a for a in goal if a in here] for goal in want])
     emit(want)
     return found or [tuple(dim or None for dim in want)]
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of one PartitionSpec entry."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 class _Walker:

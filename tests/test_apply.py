@@ -14,6 +14,7 @@ import pytest
 from programs import PROGRAMS, loss_of, next_args
 
 import placement
+from placement.apply import steps
 
 CASES = [
     ("plain_sgd_without_a_library", "fsdp"),
@@ -90,3 +91,24 @@ def test_three_planned_steps_equal_three_unplanned_ones(name, optimizer):
     if optimizer == "fsdp":
         sharded = [leaf for leaf in plan.inputs if any(leaf.spec)]
         assert sharded, "fsdp shards something, so the comparison is of sharded computation"
+
+
+D, M = "data", "model"
+
+
+@pytest.mark.parametrize(
+    ("have", "want", "expected"),
+    [
+        # cut before gathering, so that less is gathered
+        (((D,), (), ()), ((), (M,), ()), [((D,), (M,), None), (None, (M,), None)]),
+        # gather the minor axis, then move the major one
+        (((), (), (D, M)), ((D,), (), ()), [(None, None, (D,)), ((D,), None, None)]),
+        # the axis that stays becomes the major one
+        (((D, M), ()), ((M,), ()), [((M, D), None), ((M,), None)]),
+        # an axis that lies under another comes after it
+        (((D,), ()), ((), (D, M)), [(None, (D,)), (None, (D, M))]),
+        ((None, "model"), ((), (M,)), [(None, (M,))]),
+    ],
+)
+def test_an_operand_changes_its_sharding_in_steps(have, want, expected):
+    assert steps(have, want) == expected

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from test_groups import arg, mlp_step
 
+from cost_model import live
 from cost_model.cluster import parse_cluster
 from cost_model.estimate import estimate, table_cost
 from cost_model.layout import layout_for
 from cost_model.operands import with_operands
+from cost_model.operators import materialised
 from cost_model.pricing import Pricing, reshard
 from cost_model.simulate import Simulator
 from cost_model.tables import build_tables
@@ -165,3 +167,19 @@ def test_a_gathered_operand_is_in_memory_while_it_is_read():
         assert t.problem.peak_usage(x) <= exact * (1 + 1e-9)
         assert exact <= counted.peak_usage(x) * (1 + 1e-9)
     assert gathered
+
+
+def test_logits_stay_until_the_gradient_of_the_loss_is_made_from_them():
+    def step(w, x):
+        return jax.grad(lambda w: jax.nn.logsumexp((x @ w).astype(jnp.float32), -1).sum())(w)
+
+    args = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((64, 512), (128, 64)))
+    grouping = group(trace(step, *args))
+    graph = grouping.graph
+    logits, backward = [o for o in graph.ops if o.primitive == "dot_general"]
+    gradient = next(t for t in backward.inputs if graph.tensors[t].shape == (128, 512))
+    made = graph.tensors[gradient].producer
+    t = logits.outputs[0]
+    held = materialised(grouping)
+    assert gradient in held
+    assert live.last_uses(graph)[t] < made < live.read_until(grouping, held, set())[t]

@@ -13,7 +13,8 @@ from graphs.errors import MeshwrightError
 from graphs.rules.rule import WHOLE, OpRule, register_rule
 
 
-def _axes(entry) -> tuple[str, ...]:
+def entry_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one PartitionSpec entry."""
     if entry is None:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
@@ -28,7 +29,7 @@ def _pinned(ins, outs, in_specs, out_specs) -> OpRule:
         entries = [*spec, *([None] * (len(shape) - len(spec)))]
         found = []
         for n, entry in zip(shape, entries):
-            axes = _axes(entry)
+            axes = entry_axes(entry)
             if not axes:
                 found.append(WHOLE)
                 continue

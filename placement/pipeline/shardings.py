@@ -103,19 +103,6 @@ def update_shardings(params: Any, mesh: Any, segment: str) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def manual_specs(params: Any, mesh: Any, segment: str) -> Any:
-    """PartitionSpec of every gradient on the stage axis, the only manual one that parameters lie on."""
-    from jax.sharding import PartitionSpec
-
-    sizes = dict(mesh.shape)
-
-    def one(path, leaf):
-        spec = weight_spec(path, leaf.shape, sizes, segment)
-        return PartitionSpec(*[STAGE if STAGE in axes else None for axes in spec])
-
-    return jax.tree_util.tree_map_with_path(one, params)
-
-
 def argument_specs(
     args: tuple, mesh_shape: Mapping[str, int], segment: str, zero_stage: int
 ) -> list[Spec]:

@@ -30,7 +30,7 @@ from graphs.zoo.options import RunOptions
 from graphs.zoo.train_step import abstract_batch, abstract_model
 from graphs.zoo.update_rules import learning_rates, update_rule
 from placement.pipeline.schedule import Phase, Schedule
-from placement.pipeline.shardings import DATA, STAGE, manual_specs, update_shardings
+from placement.pipeline.shardings import DATA, STAGE, update_shardings
 from placement.pipeline.stages import (
     Layout,
     StageFunctions,
@@ -101,8 +101,6 @@ def build_pipelined_step(
         state_dtype=optimizer_state_dtype,
     )
     mesh = AbstractMesh(tuple(mesh_shape.values()), tuple(mesh_shape))
-    _, params = abstract_model(config, run)
-    params = map_layers(layout.arrange, params, parts.segment)
     gradients = _pipelined(
         parts,
         plan,
@@ -111,7 +109,6 @@ def build_pipelined_step(
         shape=(global_batch // microbatches // replicas, seq_len, config.d_model),
         dtype=jnp.dtype(run.compute_dtype),
         spec=PartitionSpec(*activation_spec),
-        grads_on=manual_specs(params, mesh, parts.segment),
     )
 
     def train_step(params, opt_state, batch):
@@ -122,6 +119,8 @@ def build_pipelined_step(
         updates, opt_state = rule.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, {"loss": loss}
 
+    _, params = abstract_model(config, run)
+    params = map_layers(layout.arrange, params, parts.segment)
     opt_state = jax.eval_shape(rule.init, params)
     return train_step, (params, opt_state, abstract_batch(config, global_batch, seq_len)), (0, 1)
 
@@ -135,12 +134,8 @@ def _pipelined(
     shape: tuple[int, int, int],
     dtype: Any,
     spec: PartitionSpec,
-    grads_on: Any,
 ) -> Callable[[Any, Any], tuple[jax.Array, Any]]:
-    """(params, batch) -> (mean loss, mean gradients).
-
-    grads_on: PartitionSpecs of the gradients on the stage and data axes.
-    """
+    """(params, batch) -> (mean loss, mean gradients)."""
     _, s, _ = shape
     spread = plan.stages if s % plan.stages == 0 else 1
     manual = tuple(axis for axis in (STAGE, DATA) if axis in mesh.axis_names)
@@ -167,28 +162,20 @@ def _pipelined(
             tick = functools.partial(worker.tick, phase)
             state, _ = jax.lax.scan(tick, state, jnp.arange(phase.start, phase.stop))
         loss = jax.lax.psum(state["loss"], manual) / n_means
-        summed = {
-            **state["outer"],
-            parts.segment: jax.tree.map(
-                lambda g: g.reshape(layout.chunks * layout.slots, *g.shape[2:]), state["weights"]
-            ),
-        }
-        summed = {
-            name: summed[name] for name in grads_on
-        }  # as in grads_on, so that trees are equal
+        outer_grads = jax.tree.map(lambda g: jax.lax.psum(g, manual) / n_means, state["outer"])
 
-        def mean(path, g):
-            axes = data if path[0].key == parts.segment else manual
-            return (jax.lax.psum(g, axes) if axes else g) / n_means
+        def mean(g):
+            g = jax.lax.psum(g, data) if data else g
+            return g.reshape(layout.chunks * layout.slots, *g.shape[2:]) / n_means
 
-        return loss, jax.tree_util.tree_map_with_path(mean, summed)
+        return loss, jax.tree.map(mean, state["weights"]), outer_grads
 
     on_stage, tokens = PartitionSpec(STAGE), PartitionSpec(None, data or None)
     mapped = jax.shard_map(
         body,
         mesh=mesh,
         in_specs=(on_stage, on_stage, on_stage, PartitionSpec(), tokens, tokens),
-        out_specs=(PartitionSpec(), grads_on),
+        out_specs=(PartitionSpec(), on_stage, PartitionSpec()),
         axis_names=set(manual),
         check_vma=False,
     )
@@ -201,7 +188,7 @@ def _pipelined(
             # neighbours go to different microbatches, so that a sharded batch stays where it is
             return jnp.moveaxis(x.reshape(-1, plan.microbatches, s), 1, 0)
 
-        return mapped(
+        loss, grads, outer_grads = mapped(
             jnp.arange(plan.stages),
             jnp.asarray(mask),
             params[parts.segment],
@@ -209,6 +196,8 @@ def _pipelined(
             split(batch["inputs"]),
             split(batch["targets"]),
         )
+        # in the order of params, so that the trees are equal
+        return loss, {k: grads if k == parts.segment else outer_grads[k] for k in params}
 
     return gradients
 

@@ -9,7 +9,7 @@ reads, and copies with one spec are made once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -44,7 +44,8 @@ def steps(have: tuple, want: tuple) -> list[tuple]:
 
     Each step is one that XLA's partitioner has a collective for: cut along axes that are free; swap
     axes of a dimension so that those that stay are the major ones; gather along axes that go; move
-    axes between dimensions; cut along the rest. Of several at once it gathers the whole tensor.
+    axes from one dimension to another; cut along the rest. Of several at once it gathers the whole
+    tensor.
     """
     have, want = (tuple(entry_axes(dim) for dim in spec) for spec in (have, want))
     held = {a for dim in have for a in dim}
@@ -70,9 +71,41 @@ def steps(have: tuple, want: tuple) -> list[tuple]:
     now = [[a for a in dim if a in needed] for dim in now]
     emit(now)
     here = {a for dim in now for a in dim}
-    emit([[a for a in goal if a in here] for goal in want])
+    for dims in _moves(now, [[a for a in goal if a in here] for goal in want]):
+        emit(dims)
     emit(want)
     return found or [tuple(dim or None for dim in want)]
+
+
+def _moves(now: list[list[str]], goals: list[list[str]]) -> Iterator[list[list[str]]]:
+    """The way from ``now`` to ``goals``, the same axes, one pair of dimensions after the other.
+
+    What moves is the minor end of one dimension and becomes that of another; where no such move
+    leads on, the rest goes at once.
+    """
+    while now != goals:
+        step = next(_minor_moves(now, goals), None)
+        if step is None:
+            yield goals
+            return
+        source, target, n = step
+        moved = now[source][-n:]
+        now = [list(dim) for dim in now]
+        del now[source][-n:]
+        now[target] += moved
+        yield now
+
+
+def _minor_moves(now: list[list[str]], goals: list[list[str]]) -> Iterator[tuple[int, int, int]]:
+    """(source, target, number of axes) of the moves that bring ``target`` nearer to its goal."""
+    for target, goal in enumerate(goals):
+        held = len(now[target])
+        if now[target] != goal[:held]:
+            continue
+        for source, dim in enumerate(now):
+            for n in range(len(dim), 0, -1):
+                if source != target and dim[-n:] == goal[held : held + n]:
+                    yield source, target, n
 
 
 class _Walker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def axis_order(tables: Tables, assignment: np.ndarray, specs: dict[int, Spec]) -
     and XLA gathers the whole tensor on all axes and cuts it. The order is the one by which the fewest
     bytes are moved so; the mesh's where none matters.
     """
-    grouping, n_axes = tables.grouping, len(tables.layout.mesh.axis_sizes)
+    grouping = tables.grouping
     times = grouping.graph.multiplicities()
     changes: dict[tuple[frozenset, frozenset], float] = {}
     for g, item in enumerate(grouping.groups):
@@ -60,6 +61,17 @@ def axis_order(tables: Tables, assignment: np.ndarray, specs: dict[int, Spec]) -
                 few, many = sorted((frozenset(have), frozenset(want)), key=len)
                 if few and few < many:
                     changes[few, many] = changes.get((few, many), 0.0) + weight
+    return major_first(changes, len(tables.layout.mesh.axis_sizes))
+
+
+def major_first(
+    changes: Mapping[tuple[frozenset[int], frozenset[int]], float], n_axes: int
+) -> tuple[int, ...]:
+    """The order of axes under which the fewest bytes change between sharings that do not nest.
+
+    ``changes`` gives the bytes of what lies on the second set of axes and is read on the first, a
+    part of it. They nest where the axes that stay are the major ones of the second set.
+    """
 
     def moved(order: tuple[int, ...]) -> float:
         return sum(

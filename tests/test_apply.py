@@ -15,6 +15,7 @@ from programs import PROGRAMS, loss_of, next_args
 
 import placement
 from placement.apply import steps
+from placement.decode import major_first
 
 CASES = [
     ("plain_sgd_without_a_library", "fsdp"),
@@ -108,7 +109,29 @@ D, M = "data", "model"
         # an axis that lies under another comes after it
         (((D,), ()), ((), (D, M)), [(None, (D,)), (None, (D, M))]),
         ((None, "model"), ((), (M,)), [(None, (M,))]),
+        # one pair of dimensions after the other, the minor axis first, and back
+        (((), (), (D, M)), ((D,), (M,), ()), [(None, (M,), (D,)), ((D,), (M,), None)]),
+        (((D,), (M,), ()), ((), (), (D, M)), [(None, (M,), (D,)), (None, None, (D, M))]),
+        # between two dimensions the axes go together
+        (((D, M), ()), ((), (D, M)), [(None, (D, M))]),
+        # an exchange cannot go one by one
+        (((D,), (M,)), ((M,), (D,)), [((M,), (D,))]),
     ],
 )
 def test_an_operand_changes_its_sharding_in_steps(have, want, expected):
     assert steps(have, want) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (0, 1, 2)),
+        ({((1,), (0, 1)): 5.0}, (1, 0, 2)),
+        ({((1,), (0, 1)): 5.0, ((0,), (0, 1)): 6.0}, (0, 1, 2)),
+        ({((2,), (0, 1, 2)): 1.0, ((1, 2), (0, 1, 2)): 1.0}, (2, 1, 0)),
+        ({((0, 2), (0, 1, 2)): 1.0}, (0, 2, 1)),
+    ],
+)
+def test_the_axes_of_a_dimension_are_ordered_so_that_readers_gather_neighbours(changes, expected):
+    sets = {(frozenset(few), frozenset(many)): w for (few, many), w in changes.items()}
+    assert major_first(sets, 3) == expected

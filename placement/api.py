@@ -48,7 +48,8 @@ def optimize(
         function's own sharding constraints name.
       donate_argnums: arguments whose memory the results take: the training state.
       time_limit_s: seconds to plan in; the best plan found by then is returned, with
-        ``status="time_limit"`` where the search was cut short.
+        ``status="time_limit"`` where the search was cut short. Where nothing fits by then, other
+        meshes are tried for as long again, at least for 10 s, before it says so.
       max_evaluations: limit on complete assignments scored.
       seed: the same seed gives the same plan.
       throw: raise InfeasibleError where no plan fits; else return the one that needs the least
@@ -63,7 +64,7 @@ def optimize(
     from graphs.groups import group
     from graphs.rules.manual import user_mesh
     from graphs.trace import trace
-    from placement.mesh_search import LEARNED, MeshSearch
+    from placement.mesh_search import GRACE_S, LEARNED, MeshSearch
     from placement.optimizers import OPTIMIZERS
 
     start = time.monotonic()
@@ -98,6 +99,7 @@ def optimize(
         optimizer=optimizer,
         objective=objective,
         deadline=start + time_limit_s,
+        grace_s=max(time_limit_s, GRACE_S),
         max_evaluations=max_evaluations,
         seed=seed,
         policy=policy,

@@ -10,6 +10,8 @@ import numpy as np
 
 MEMORY_RESERVE = 0.06
 """Share of device memory kept free for the runtime and fragmentation."""
+GRACE_S = 10.0
+"""Seconds beyond a short time limit in which something that fits is still looked for."""
 LEARNED = "learned"
 """Name of the learned optimizer: the policy orders the meshes, the engine completes each."""
 EXPOSURES = (0.3, 1.0)
@@ -35,13 +37,25 @@ class MeshSearch:
     """Outer search over meshes; the optimizer solves each, the simulation judges."""
 
     def __init__(
-        self, *, grouping, layouts, optimizer, objective, deadline, max_evaluations, seed, policy
+        self,
+        *,
+        grouping,
+        layouts,
+        optimizer,
+        objective,
+        deadline,
+        grace_s,
+        max_evaluations,
+        seed,
+        policy,
     ) -> None:
+        """``deadline`` (time.monotonic()) ends the search, or ``grace_s`` later if nothing fits."""
         from graphs.fold import fold
 
         self.grouping, self.layouts = grouping, layouts
         self.optimizer, self.objective = optimizer, objective
-        self.deadline, self.max_evaluations, self.seed = deadline, max_evaluations, seed
+        self.deadline, self.grace_s = deadline, grace_s
+        self.max_evaluations, self.seed = max_evaluations, seed
         self.policy, self.tied = policy, fold(grouping)
         device = layouts[0].cluster.device
         self.limit = device.hbm_available_bytes * (1.0 - MEMORY_RESERVE)
@@ -54,7 +68,7 @@ class MeshSearch:
     def run(self) -> None:
         order = self._order()
         for n, layout in enumerate(order):
-            if self._expired() and self.candidates:
+            if self._expired() and self.candidates and (self._fitting() or self._given_up()):
                 self.skipped = len(order) - n
                 break
             self._solve_layout(layout, len(order) - n)
@@ -69,6 +83,14 @@ class MeshSearch:
     def _expired(self) -> bool:
         spent = self.max_evaluations is not None and self.evaluations >= self.max_evaluations
         return spent or time.monotonic() >= self.deadline
+
+    def _given_up(self) -> bool:
+        """Whether the search for something that fits, too, has had its time."""
+        spent = self.max_evaluations is not None and self.evaluations >= self.max_evaluations
+        return spent or time.monotonic() >= self.deadline + self.grace_s
+
+    def _fitting(self) -> list[Candidate]:
+        return [c for c in self.candidates if c.memory_bytes <= self.limit]
 
     def _solve_layout(self, layout, remaining: int) -> None:
         from cost_model.operands import with_operands
@@ -159,10 +181,10 @@ class MeshSearch:
         from placement.optimizers import HAND_TUNED
         from placement.plan import Plan
 
-        fitting = [c for c in self.candidates if c.memory_bytes <= self.limit]
+        fitting = self._fitting()
         if not fitting and self.optimizer not in HAND_TUNED:  # a rule that does not fit is that
             self._lean()
-            fitting = [c for c in self.candidates if c.memory_bytes <= self.limit]
+            fitting = self._fitting()
         pool = fitting or self.candidates
         best = min(pool, key=lambda c: c.score if fitting else c.memory_bytes)
         status = "feasible"
@@ -227,13 +249,18 @@ class MeshSearch:
 
         cluster = best.layout.cluster
         capacity = cluster.device.hbm_available_bytes
+        found = "no plan fits"
+        if self.skipped:
+            found = f"no plan was found to fit in time, with {self.skipped} meshes not tried"
         sentence = (
-            f"no plan fits: the least memory found is {best.memory_bytes / 2**30:.2f} GiB per device "
+            f"{found}: the least memory found is {best.memory_bytes / 2**30:.2f} GiB per device "
             f"and {cluster.device.name} has {capacity / 2**30:.2f} GiB, of which "
             f"{MEMORY_RESERVE:.0%} is reserved"
         )
         if self.optimizer in HAND_TUNED:
             return f"{sentence}; {self.optimizer} is a fixed rule, use optimizer=search"
+        if self.skipped:
+            return f"{sentence}; give a longer time_limit_s"
         bigger = smallest_fit(self.grouping, cluster, 1.0 - MEMORY_RESERVE)
         if bigger is None:
             return (

@@ -63,6 +63,37 @@ def test_a_short_time_limit_returns_a_plan_with_a_status():
     assert plan.estimate.step_time_s > 0
 
 
+def indivisible_step(w, x):
+    """Its dimensions divide by 2 and 4 but not by 8, and one copy of w passes the memory of v5e."""
+    return w - 0.1 * jax.grad(lambda w: jnp.mean((x @ w) ** 2))(w)
+
+
+INDIVISIBLE = (
+    jax.ShapeDtypeStruct((4 * 16383, 4 * 16383), jnp.float32),
+    jax.ShapeDtypeStruct((4 * 3, 4 * 16383), jnp.float32),
+)
+
+
+def test_a_mesh_that_fits_is_looked_for_beyond_a_short_time_limit():
+    plan = placement.optimize(
+        indivisible_step, *INDIVISIBLE, cluster="v5e:2x4", donate_argnums=(0,), time_limit_s=1e-6
+    )
+    assert len(plan.mesh_shape) == 2
+    assert plan.estimate.peak_memory_bytes < 15.75 * 2**30
+
+
+def test_without_time_to_try_the_meshes_it_does_not_say_that_nothing_fits(monkeypatch):
+    monkeypatch.setattr("placement.mesh_search.GRACE_S", 0.0)
+    with pytest.raises(InfeasibleError, match=r"meshes not tried.*longer time_limit_s"):
+        placement.optimize(
+            indivisible_step,
+            *INDIVISIBLE,
+            cluster="v5e:2x4",
+            donate_argnums=(0,),
+            time_limit_s=1e-6,
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

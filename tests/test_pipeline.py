@@ -15,9 +15,10 @@ import placement
 from graphs.errors import InfeasibleError, MeshwrightError
 from graphs.zoo import load_model_config
 from placement.compile import lower
-from placement.pipeline.compile import compile_stage, stage_layout, stage_program
+from placement.pipeline.compile import compile_stage, stage_layout
 from placement.pipeline.plan import pipelined_plan
 from placement.pipeline.schedule import Schedule
+from placement.pipeline.stage_program import stage_program
 from placement.pipeline.stages import Layout, pipelined_segment
 
 

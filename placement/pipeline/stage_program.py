@@ -1,0 +1,229 @@
+"""What one stage of a pipelined plan runs, as a program of its own over the stage's mesh.
+
+It is what a stage does at a tick in the steady state, and the update of its weights once: embed
+tokens, run a chunk of layers forward and keep the input, compute the loss of its share of positions,
+run a chunk backward from a kept input, add up gradients. It holds what a stage holds: weights,
+optimizer state, kept inputs, sums of gradients. So the memory that the compiler says is the stage's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from graphs.zoo.config import ModelConfig
+from graphs.zoo.options import RunOptions
+from graphs.zoo.train_step import abstract_model
+from graphs.zoo.update_rules import update_rule
+from placement.pipeline.schedule import Schedule
+from placement.pipeline.shardings import (
+    DATA,
+    EXPERT,
+    STAGE,
+    state_spec,
+    update_shardings,
+    weight_spec,
+)
+from placement.pipeline.stages import pipelined_segment, stage_functions, uneven
+from placement.plan import Plan
+
+
+def stage_program(
+    plan: Plan, config: ModelConfig
+) -> tuple[Callable, tuple[Any, ...], Any, Any, tuple[int, ...]]:
+    """(function, abstract arguments, in_specs, out_specs, donated) of a stage over its own mesh."""
+    stage = _Stage(plan, config)
+    in_specs, out_specs = stage.specs()
+    return stage.step, stage.arguments(), in_specs, out_specs, (0, 1, 2, 3)
+
+
+class _Stage:
+    """A stage's model, schedule and mesh, and what it runs."""
+
+    def __init__(self, plan: Plan, config: ModelConfig) -> None:
+        program = plan.program
+        options = {f.name for f in dataclasses.fields(RunOptions)}
+        run = RunOptions(**{k: v for k, v in program.items() if k in options})
+        self.segment = pipelined_segment(config)
+        self.schedule = Schedule(
+            kind=program["schedule"],
+            stages=plan.mesh_shape[STAGE],
+            microbatches=program["microbatches"],
+            chunks=program["chunks"],
+        )
+        self.layers = uneven(
+            self.segment.repeats, self.schedule.stages, program["chunks"], program["layers"]
+        )
+        self.mask = jnp.ones((self.layers.slots,), bool)
+        self.seq_len: int = program["seq_len"]
+        self.parts = stage_functions(config, run, self.seq_len)
+        self.zero_stage: int = program["zero_stage"]
+        self.rule = update_rule(
+            program.get("optimizer", "adamw"),
+            learning_rate=program.get("learning_rate", 3e-4),
+            clip_norm=program.get("clip_norm", 1.0),
+            state_dtype=program.get("optimizer_state_dtype", "float32"),
+        )
+        self.mesh = {k: v for k, v in plan.mesh_shape.items() if k != STAGE} or {DATA: 1}
+        self.abstract_mesh = AbstractMesh(tuple(self.mesh.values()), tuple(self.mesh))
+        self.activations = PartitionSpec(
+            *[tuple(e) if isinstance(e, list) else e for e in program["activation_spec"]]
+        )
+        # The sums of gradients of the ticks before. Made inside, their memory is free for the
+        # reduction, as in the step's loop; but XLA then keeps them whole on axes that are left to it,
+        # so that there they are an argument (and their reduction counts beside them).
+        self.sums_inside = set(self.mesh) <= {DATA}
+        _, params = abstract_model(config, run)
+        held = self.layers.chunks * self.layers.slots
+        self.params = {
+            **params,
+            self.segment.name: jax.tree.map(
+                lambda w: jax.ShapeDtypeStruct((held, *w.shape[1:]), w.dtype),
+                params[self.segment.name],
+            ),
+        }
+        batch = program["global_batch"] // program["microbatches"]
+        self.hidden = jax.ShapeDtypeStruct(
+            (batch, self.seq_len, config.d_model), jnp.dtype(run.compute_dtype)
+        )
+        stages = self.schedule.stages
+        self.share = self.seq_len // stages if self.seq_len % stages == 0 else self.seq_len
+        """Positions of a sequence whose loss the stage computes."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        """(params, opt_state, sums of gradients, kept inputs, arrived activation, its cotangent,
+        tokens, targets, (chunk, slot, virtual stage, slot of the backward pass))."""
+        replicas = self.mesh.get(DATA, 1)
+        sums = jax.tree.map(
+            lambda w: jax.ShapeDtypeStruct((replicas, *w.shape), jnp.float32), self.params
+        )
+        batch, x = self.hidden.shape[0], self.hidden
+        kept = jax.ShapeDtypeStruct((self.layers.chunks, self.schedule.slots, *x.shape), x.dtype)
+        return (
+            self.params,
+            jax.eval_shape(self.rule.init, self.params),
+            None if self.sums_inside else sums,
+            kept,
+            x,
+            x,
+            jax.ShapeDtypeStruct((batch, self.seq_len), jnp.int32),
+            jax.ShapeDtypeStruct((batch, self.share), jnp.int32),
+            jax.ShapeDtypeStruct((4,), jnp.int32),
+        )
+
+    def specs(self) -> tuple[Any, Any]:
+        """PartitionSpecs of the arguments and of what :meth:`step` returns."""
+        along = self.activations[1] if len(self.activations) > 1 else None
+        split = tuple(a for a in (DATA, EXPERT) if self.mesh.get(a, 1) > 1) or None
+        weights = self._weight_specs(self.params, zero_stage=0)
+        state = self._weight_specs(
+            jax.eval_shape(self.rule.init, self.params), zero_stage=self.zero_stage
+        )
+        sums = jax.tree.map(
+            lambda spec: PartitionSpec(DATA if DATA in self.mesh else None, *spec),
+            weights,
+            is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+        )
+        kept, hidden = PartitionSpec(None, None, split, along), PartitionSpec(split, along)
+        tokens, whole = PartitionSpec(split), PartitionSpec()
+        return (
+            (
+                weights,
+                state,
+                None if self.sums_inside else sums,
+                kept,
+                hidden,
+                hidden,
+                tokens,
+                tokens,
+                whole,
+            ),
+            (weights, state, kept, hidden, hidden, whole, hidden),
+        )
+
+    def _weight_specs(self, tree: Any, *, zero_stage: int) -> Any:
+        def one(path, leaf):
+            spec = weight_spec(path, leaf.shape, self.mesh, self.segment.name)
+            if zero_stage >= 1:
+                spec = state_spec(spec, leaf.shape, self.mesh)
+            return PartitionSpec(*[axes or None for axes in spec])
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    def step(self, params, opt_state, sums, kept, *arrived):
+        """One tick, and the update of the weights by the gradients summed."""
+        grads, kept, y, dx, loss, d_hidden = self._mapped()(params, sums, kept, *arrived)
+        if self.zero_stage >= 1:
+            own = update_shardings(params, self.abstract_mesh, self.segment.name)
+            grads, params = jax.lax.with_sharding_constraint((grads, params), (own, own))
+        updates, opt_state = self.rule.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return params, opt_state, kept, y, dx, loss, d_hidden
+
+    def _mapped(self) -> Callable:
+        """:meth:`tick`, on every replica of the data axis if there is one."""
+        if DATA not in self.mesh:
+            return self.tick
+        rows, stack, whole = PartitionSpec(DATA), PartitionSpec(None, None, DATA), PartitionSpec()
+        sums = None if self.sums_inside else rows
+        return jax.shard_map(
+            self.tick,
+            mesh=self.abstract_mesh,
+            in_specs=(whole, sums, stack, rows, rows, rows, rows, whole),
+            out_specs=(whole, stack, rows, rows, whole, rows),
+            axis_names={DATA},
+            check_vma=False,
+        )
+
+    def tick(self, params, sums, kept, arrived, cotangent, tokens, targets, at):
+        """A steady tick of one replica; its sums of gradients, added up over replicas at the end."""
+        name, parts = self.segment.name, self.parts
+        if self.sums_inside:
+            zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
+            sums = jax.lax.optimization_barrier(zeros)
+        else:
+            sums = jax.tree.map(lambda g: g[0], sums)
+        outer = {k: v for k, v in params.items() if k != name}
+        chunk = jax.tree.map(lambda w: w[at[0]], self._by_chunk(params[name]))
+        x = self._pin(jnp.where(at[2] == 0, parts.embed(outer, tokens), arrived))
+        kept = kept.at[at[0], at[1]].set(x)
+        y = self._pin(parts.layers(chunk, self.mask, x))
+        some = y.reshape(*y.shape[:1], -1, self.seq_len // self.share, y.shape[-1])[:, :, 0]
+        loss, (d_outer, d_hidden) = jax.value_and_grad(parts.loss, argnums=(0, 1))(
+            outer, some, targets
+        )
+        _, pull = jax.vjp(
+            lambda w, x: parts.layers(w, self.mask, x), chunk, self._pin(kept[at[0], at[3]])
+        )
+        d_chunk, dx = pull(self._pin(cotangent))
+        summed = jax.tree.map(
+            lambda total, by_chunk, d: by_chunk.at[at[0]].add(d).reshape(total.shape),
+            sums[name],
+            self._by_chunk(sums[name]),
+            d_chunk,
+        )
+        _, pull = jax.vjp(lambda o: parts.embed(o, tokens), outer)
+        (d_embed,) = pull(dx)
+        rest = {k: v for k, v in sums.items() if k != name}
+        rest = jax.tree.map(lambda a, b, c: a + b + c, rest, d_outer, d_embed)
+        found = {k: summed if k == name else rest[k] for k in sums}
+        if DATA in self.mesh:
+            found, loss = jax.lax.psum((found, loss), DATA)
+        return found, kept, y, self._pin(dx), loss, d_hidden
+
+    def _by_chunk(self, stacked: Any) -> Any:
+        """Leaves [chunks * slots, ...] as [chunks, slots, ...]."""
+        layers = self.layers
+        return jax.tree.map(lambda w: w.reshape(layers.chunks, layers.slots, *w.shape[1:]), stacked)
+
+    def _pin(self, x: jax.Array) -> jax.Array:
+        if not len(self.activations):
+            return x
+        inside = jax.sharding.get_abstract_mesh() if DATA in self.mesh else self.abstract_mesh
+        return jax.lax.with_sharding_constraint(x, NamedSharding(inside, self.activations))

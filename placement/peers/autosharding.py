@@ -9,6 +9,7 @@ every other plan. Planning time is what the compile took: the peer has no planni
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import re
 import subprocess
@@ -28,8 +29,12 @@ _SQUARE = re.compile(r"chlo\.square (%[\w#]+) : (tensor<[^>]*>) -> tensor<[^>]*>
 
 
 def auto_layout(cluster: Cluster) -> MeshLayout:
-    """The mesh given to the peer: the physical axes, at most three, as it was measured with."""
+    """The mesh given to the peer: the physical axes, the first ones as one beyond two.
+
+    On three axes of four devices it passed 22 GiB of memory, on two it does not.
+    """
     sizes = [axis.size for axis in cluster.physical_axes]
+    sizes = [math.prod(sizes[:-1]), sizes[-1]] if len(sizes) > 2 else sizes
     return layout_for(cluster, {f"axis{i}": size for i, size in enumerate(sizes)})
 
 

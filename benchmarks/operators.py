@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cost_model.calibration.fit import Profile, fit_rows, predict_cycles, read_profile
-from cost_model.compute import parse_calibration
 from cost_model.device import Device, load_device
+from cost_model.fitted import parse_calibration
 
 FOLDER = importlib.resources.files("cost_model") / "calibration"
 

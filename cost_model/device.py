@@ -264,3 +264,13 @@ def _build(where: str, values: dict[str, Any], sources: dict[str, str]) -> Devic
         if field.type == "int":
             merged[key] = int(merged[key])
     return Device(**merged, sources=sources)
+
+
+_ITEM_BYTES = {"float64": 8, "float32": 4, "int32": 4, "uint32": 4, "int64": 8}
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of one element of a JAX dtype."""
+    if dtype in _ITEM_BYTES:
+        return _ITEM_BYTES[dtype]
+    return 1 if dtype.startswith(("float8", "int8", "uint8", "bool")) else 2

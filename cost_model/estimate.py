@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from cost_model.energy import devices_energy_j
+from cost_model.events import COMPUTE, RESHARD
 from cost_model.pricing import KINDS
 from cost_model.simulate import Simulator
 from cost_model.step_bands import step_band
-from cost_model.tables import COMPUTE, RESHARD
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,12 @@ import math
 
 import numpy as np
 
-from cost_model.compute import load_calibration, matmul_time_s, memory_bound_time_s
+from cost_model.compute import memory_bound_time_s
 from cost_model.device import Device
+from cost_model.fitted import load_calibration
+from cost_model.matmul import matmul_time_s
 from cost_model.pricing import Pricing
 from graphs.choices import Choices
-from graphs.graph import Graph
 from graphs.groups import COPY, HEAVY, LEAF, Group, Grouping
 from graphs.rules import WHOLE
 
@@ -36,9 +37,6 @@ _REDUCTIONS = frozenset(
 """Vector primitives whose operand has to pass before their result is there."""
 CONTRACTIONS = ("dot_general", "ragged_dot", "ragged_dot_general")
 _SUSTAINED_MEMORY = 0.85
-_WINDOWED_OVERHEAD = 1.1
-"""Slices, copies and sums of a windowed loop, in times of its contraction (compiled v5e:4x4 steps
-of a dense model that is in no suite: 22 against 11 ms)."""
 _GATHER_EFFICIENCY = 0.5
 _CONV_EFFICIENCY = 0.5
 
@@ -115,7 +113,7 @@ def compute_events(
     return _light(grouping, item, choices, pricing, stored)
 
 
-def _local_contraction(
+def local_contraction(
     grouping: Grouping, item: Group, choices: Choices, pricing: Pricing
 ) -> tuple[int, dict[str, np.ndarray], dict[str, set[int]]]:
     """(op, local batch / m / k / n of each choice, classes of each) of a contraction group."""
@@ -146,7 +144,7 @@ def _local_contraction(
     return index, local, classes
 
 
-def _contraction_s(
+def contraction_s(
     pricing: Pricing, x: dict[str, np.ndarray], dtype: str, out_dtype: str | None = None
 ) -> np.ndarray:
     """[S] seconds; choices repeat few local shapes, and each is priced once per Pricing."""
@@ -170,31 +168,6 @@ def contracts(grouping: Grouping, g: int) -> bool:
     )
 
 
-def windowed_s(grouping: Grouping, g: int, choices: Choices, pricing: Pricing) -> np.ndarray:
-    """Extra computation where XLA:TPU turns a contraction and its reduce-scatter into one loop.
-
-    The loop multiplies one block of the scattered dimension per device and passes partial sums on,
-    so the matrix unit sees blocks 1 / ways as wide (read from compiled schedules: the
-    ``windowed_dot_general`` loops of weight gradients).
-    """
-    item = grouping.groups[g]
-    _, local, classes = _local_contraction(grouping, item, choices, pricing)
-    sizes = np.array(pricing.axis_sizes, np.float64)
-    dtype = grouping.graph.tensors[next(iter(item.tensors))].dtype
-    ways = np.where(choices.scatter >= 0, sizes, 1.0).prod(-1)
-    ways = np.where(_over_dimensions(choices), 1.0, ways)
-    block = dict(local)
-    for name in ("m", "n"):
-        on = np.isin(choices.scatter, list(classes[name])) & (choices.scatter >= 0)
-        block[name] = local[name] / np.where(on, sizes, 1.0).prod(-1)
-
-    def seconds(x):
-        return _contraction_s(pricing, x, dtype)
-
-    narrow = np.maximum(0.0, ways * seconds(block) - seconds(local))
-    return np.where(ways > 1, narrow + _WINDOWED_OVERHEAD * seconds(local), 0.0)
-
-
 def _heavy(
     grouping: Grouping, item: Group, choices: Choices, pricing: Pricing, wide: set[int]
 ) -> ComputeEvent:
@@ -204,11 +177,11 @@ def _heavy(
     device = pricing.device
     shapes = [graph.tensors[t].shape if t >= 0 else () for t in op.inputs]
     if op.primitive in CONTRACTIONS:
-        _, x, _ = _local_contraction(grouping, item, choices, pricing)
+        _, x, _ = local_contraction(grouping, item, choices, pricing)
         dtype = graph.tensors[op.inputs[0]].dtype
         program = load_calibration(device.calibration).constants["program"]
         out = "float32" if op.outputs[0] in wide else None
-        seconds = program["matmul"] * _contraction_s(pricing, x, dtype, out)
+        seconds = program["matmul"] * contraction_s(pricing, x, dtype, out)
         return ComputeEvent(op=index, region=op.region, seconds=seconds, kind="matmul")
     sizes = np.array(pricing.axis_sizes, np.float64)
     if rule.pins or op.primitive == "sharding_constraint":
@@ -331,88 +304,6 @@ def _light(
     return events
 
 
-def _over_dimensions(choices: Choices) -> np.ndarray:
-    """[S] whether partial sums would be scattered along several dimensions.
-
-    XLA does not: it all-reduces and slices (read from compiled GPU and TPU programs).
-    """
-    top = np.max(choices.scatter, axis=1)
-    other = (choices.scatter >= 0) & (choices.scatter != top[:, None])
-    return other.any(axis=1)
-
-
 def fused_bytes_s(device: Device, n_bytes) -> np.ndarray:
     """Seconds to move bytes inside fused loops, at the sustained share of memory bandwidth."""
     return np.asarray(n_bytes) / (device.hbm_bandwidth_bytes_per_s * _SUSTAINED_MEMORY)
-
-
-def passes_sums_on(grouping: Grouping, g: int, choices: Choices) -> np.ndarray:
-    """[S] whether XLA:TPU makes a reduce-scatter of partial sums a loop of permutes.
-
-    It does where one dimension is contracted, the scattered one is sharded by no other axis, and
-    more than two devices take part (read from compiled schedules); else it fuses all-reduce and
-    slice.
-    """
-    item = grouping.groups[g]
-    rule = grouping.rules[next(o for o in item.ops if not grouping.rules[o].light)]
-    left, right = (set(f for f in rule.operands[i] if f != WHOLE) for i in (0, 1))
-    contracted = (left & right) - set(rule.results[0])
-    if len([f for f in contracted if rule.sizes[f] > 1]) != 1:
-        return np.zeros(len(choices), bool)
-    scattered = choices.scatter >= 0
-    free = scattered.any(axis=1)
-    for a in range(choices.scatter.shape[1]):
-        for b in range(choices.scatter.shape[1]):
-            if a != b:
-                free &= ~(scattered[:, a] & (choices.place[:, b] == choices.scatter[:, a]))
-    return free & ~_over_dimensions(choices)
-
-
-def combine_events(
-    grouping: Grouping,
-    g: int,
-    choices: Choices,
-    pricing: Pricing,
-    windowed: bool = False,
-    contraction_s: np.ndarray | None = None,
-) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
-    """Combining partial results of group g: (op, region, seconds [S], bytes [kinds, S]).
-
-    ``windowed`` says that XLA makes reduce-scatters part of the contraction's loop;
-    ``contraction_s`` [S] is how long that loop computes, where its sums are passed on.
-    """
-    graph: Graph = grouping.graph
-    item = grouping.groups[g]
-    by_op: dict[tuple[int, int], list[int]] = {}
-    for r in item.reductions:
-        by_op.setdefault((r.op, r.result), []).append(r.cls)
-    events = []
-    for (o, result), classes in by_op.items():
-        op = graph.ops[o]
-        on = np.isin(choices.place, classes)
-        if not on.any():
-            continue
-        tensor = graph.tensors[result]
-        final = pricing.shards(choices.specs(item.tensors[result], result=True))
-        scattered = on & (choices.scatter >= 0) & ~_over_dimensions(choices)[:, None]
-        sizes = np.array(pricing.axis_sizes, np.float64)
-        scatter_ways = np.where(scattered, sizes, 1.0).prod(-1)
-        after = tensor.n_bytes / final
-        spread = np.where(on & (choices.scatter >= 0) & ~scattered, sizes, 1.0).prod(-1)
-        scatter_mask = pricing.masks(scattered)
-        reduce_mask = pricing.masks(on & ~scattered)
-        n_bytes = np.zeros((5, len(choices)))
-        n_bytes[1] = np.where(scatter_mask > 0, after * scatter_ways, 0.0)
-        n_bytes[2] = np.where(reduce_mask > 0, after * spread, 0.0)
-        seconds = pricing.collective_s(1, scatter_mask, n_bytes[1])
-        if windowed:
-            seconds = np.maximum(seconds, pricing.windowed_s(scatter_mask, n_bytes[1]))
-        elif contraction_s is not None:
-            around = 2 * pricing.windowed_s(scatter_mask, n_bytes[1])
-            around = around * (1 + 1 / np.maximum(scatter_ways, 1)) - contraction_s
-            passed = passes_sums_on(grouping, g, choices) & (scatter_ways > 2)
-            seconds = np.where(passed, np.maximum(seconds, around), seconds)
-        if tensor.n_bytes > 8:  # scalars are combined together
-            seconds = seconds + pricing.collective_s(2, reduce_mask, n_bytes[2])
-        events.append((o, op.region, seconds, n_bytes))
-    return events

@@ -12,8 +12,8 @@ import numba
 import numpy as np
 
 from cost_model.collectives import collective_time_s
-from cost_model.compute import load_calibration
 from cost_model.device import Device
+from cost_model.fitted import load_calibration
 from cost_model.layout import MeshLayout
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "collective_permute")

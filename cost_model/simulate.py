@@ -18,9 +18,10 @@ import dataclasses
 import numba
 import numpy as np
 
+from cost_model.events import COMPUTE, RESHARD
 from cost_model.operands import add_operands
 from cost_model.pricing import KINDS
-from cost_model.tables import COMPUTE, RESHARD, Tables
+from cost_model.tables import Tables
 
 _BLOCK, _EARLY, _LATE = 0, 1, 2
 """How a communication event meets computation: stops it, may start early, may end late."""

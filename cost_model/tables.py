@@ -14,52 +14,26 @@ import dataclasses
 
 import numpy as np
 
-from cost_model.layout import MeshLayout
-from cost_model.live import readers_of, usage_entries
-from cost_model.operands import Operand, operand
-from cost_model.operators import (
-    combine_events,
-    compute_events,
-    contracts,
-    materialised,
-    widened,
-    windowed_s,
+from cost_model.events import (
+    COLLECTIVE,
+    COMPUTE,
+    RESHARD,
+    Event,
+    gradient_groups,
+    moved,
+    own_events,
+    reshards,
 )
-from cost_model.pricing import Pricing, Reshard, reshard
+from cost_model.layout import MeshLayout
+from cost_model.live import usage_entries
+from cost_model.operands import Operand
+from cost_model.operators import materialised, widened
+from cost_model.pricing import Pricing
 from cost_model.problem import Problem
 from graphs.choices import Choices, choices_of
 from graphs.errors import MeshwrightError
 from graphs.fold import fold
-from graphs.groups import COPY, HEAVY, LEAF, Grouping
-
-COMPUTE, COLLECTIVE, RESHARD = 0, 1, 2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Event:
-    """Something that takes time once per trip of its region."""
-
-    kind: int
-    """COMPUTE, COLLECTIVE (combining partial results) or RESHARD (an operand changes spec)."""
-    op: int
-    """Position in program order; a reshard comes before its op, a collective after."""
-    region: int
-    node: int
-    """Node whose choice decides, for a reshard the reader."""
-    source: int
-    """For a reshard the node it reads from, else -1."""
-    seconds: np.ndarray
-    """[S] or, for a reshard, [P, Q] over distinct specs."""
-    n_bytes: np.ndarray | None
-    """[kinds, ...] payload bytes of collectives by kind, same trailing shape; None for compute."""
-    rows: np.ndarray | None
-    """[S_source] row of each choice of the source, for a reshard."""
-    columns: np.ndarray | None
-    """[S_node] column of each choice of the reader, for a reshard."""
-    hides: bool
-    """May overlap computation that does not need it: weights and weight gradients."""
-    label: str
-    """What it is reported under."""
+from graphs.groups import HEAVY, Grouping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,12 +102,12 @@ def build_tables(
     for g, n in enumerate(node_of):
         groups_of[n].append(g)
     times = grouping.graph.multiplicities()
-    gradients = _gradient_groups(grouping)
+    gradients = gradient_groups(grouping)
     choices, node_costs, node_hidden, events = [], [], [], []
     for n, g in enumerate(firsts):
         menu = choices_of(grouping.groups[g], layout.mesh.axis_sizes)
         menu = _keep_pins(grouping, g, menu, layout)
-        own = _own_events(grouping, g, n, menu, pricing, stored, wide, g in gradients)
+        own = own_events(grouping, g, n, menu, pricing, stored, wide, g in gradients)
         cost, hidden = np.zeros(len(menu)), np.zeros(len(menu))
         for e in own:
             if e.hides:
@@ -158,11 +132,11 @@ def build_tables(
         node_hidden.append(hidden * len(groups_of[n]))
         events += own
         for other in groups_of[n][1:]:
-            events += _moved(own, grouping.groups[g], grouping.groups[other])
+            events += moved(own, grouping.groups[g], grouping.groups[other])
     edges: dict[tuple[int, int], np.ndarray] = {}
     edge_hidden: dict[tuple[int, int], np.ndarray] = {}
     operands = []
-    for event, source, weight, copy in _reshards(grouping, node_of, choices, pricing, times):
+    for event, source, weight, copy in reshards(grouping, node_of, choices, pricing, times):
         events.append(event)
         if copy is not None:
             operands.append(copy)
@@ -237,149 +211,6 @@ def _keep_pins(grouping: Grouping, g: int, menu: Choices, layout: MeshLayout) ->
             f"(mesh {layout.mesh.shape}); choose sizes that divide or drop the constraint"
         )
     return Choices(place=menu.place[keep], scatter=menu.scatter[keep])
-
-
-def _own_events(grouping, g, n, menu, pricing, stored, wide, hides) -> list[Event]:
-    events = [
-        Event(
-            kind=COMPUTE, op=e.op, region=e.region, node=n, source=-1, seconds=e.seconds,
-            n_bytes=None, rows=None, columns=None, hides=False, label=e.kind,
-        )
-        for e in compute_events(grouping, g, menu, pricing, stored, wide)
-    ]  # fmt: skip
-    windowed = hides and pricing.device.family == "tpu" and contracts(grouping, g)
-    if windowed:
-        first = events[0]
-        extra = windowed_s(grouping, g, menu, pricing)
-        if extra.any():
-            events.append(dataclasses.replace(first, seconds=extra, label="windowed"))
-    sums = not hides and pricing.device.family == "tpu" and contracts(grouping, g)
-    computed = events[0].seconds if sums else None
-    for op, region, seconds, n_bytes in combine_events(
-        grouping, g, menu, pricing, windowed, computed
-    ):
-        events.append(
-            Event(
-                kind=COLLECTIVE, op=op, region=region, node=n, source=-1, seconds=seconds,
-                n_bytes=n_bytes, rows=None, columns=None, hides=hides,
-                label="gradient" if hides else "partial sums",
-            )
-        )  # fmt: skip
-    return events
-
-
-def _moved(own: list[Event], first, other) -> list[Event]:
-    """The events of a tied group: those of the first one at the other's ops."""
-    where = dict(zip(first.ops, other.ops))
-    regions = {}
-    for a, b in zip(first.views, other.views):
-        regions[a.region] = b.region
-        where.update(zip(a.ops, b.ops))
-    return [
-        dataclasses.replace(e, op=where.get(e.op, e.op), region=regions.get(e.region, e.region))
-        for e in own
-    ]
-
-
-def _gradient_groups(grouping: Grouping) -> set[int]:
-    """Heavy groups whose result only the optimizer reads (the groups that make the new state)."""
-    updates = {grouping.group_of[grouping.graph.outputs[b]] for _, b in grouping.graph.aliases}
-    read_by: dict[int, set[int]] = {}
-    for g, item in enumerate(grouping.groups):
-        for view in item.views:
-            read_by.setdefault(grouping.source_group(g, view), set()).add(g)
-    return {
-        g
-        for g, item in enumerate(grouping.groups)
-        if item.kind == HEAVY and read_by.get(g) and read_by[g] <= updates
-    }
-
-
-def _from_weights(grouping: Grouping, source: int) -> bool:
-    item = grouping.groups[source]
-    if item.kind == COPY:
-        item = grouping.groups[grouping.group_of[item.source]]
-    return item.kind == LEAF
-
-
-def _specs_of(grouping: Grouping, g: int, tensor: int, menu: Choices) -> np.ndarray:
-    """[S, A] spec of a tensor as group g (owner or copy) holds it."""
-    item = grouping.groups[g]
-    if item.kind == COPY:
-        return menu.specs(item.views[0].dims)
-    return menu.specs(item.tensors[tensor], result=item.kind == HEAVY)
-
-
-def _unique(specs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    code = ((specs.astype(np.int64) + 1) * 9 ** np.arange(specs.shape[1])).sum(-1)
-    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
-    return specs[first], inverse.astype(np.int32)
-
-
-def _reshards(grouping, node_of, choices, pricing, times):
-    """Every resharding that can take time: (event, source node, trips, the copy it makes)."""
-    graph = grouping.graph
-    priced: dict[tuple, Reshard] = {}
-    spec_cache: dict[tuple, tuple] = {}
-
-    def unique(key, make):
-        if key not in spec_cache:
-            spec_cache[key] = _unique(make())
-        return spec_cache[key]
-
-    def price(source, tensor, j, dims):
-        """From how group ``source`` holds a tensor to ``dims`` of node j."""
-        i = int(node_of[source])
-        t = graph.tensors[tensor]
-        p_key, q_key = dims_key(source, tensor), ("v", *dims)
-        p, rows = unique((i, *p_key), lambda: _specs_of(grouping, source, tensor, choices[i]))
-        q, columns = unique((j, *q_key), lambda: choices[j].specs(dims))
-        key = (i, p_key, j, q_key, t.shape, t.itemsize)
-        if key not in priced:
-            priced[key] = reshard(p, q, t.n_bytes, pricing)
-        return priced[key], rows, columns
-
-    def dims_key(g, tensor):
-        item = grouping.groups[g]
-        if item.kind == COPY:
-            return ("v", *item.views[0].dims)
-        return ("t", item.kind == HEAVY, *item.tensors[tensor])
-
-    readers = readers_of(grouping)
-    for g, item in enumerate(grouping.groups):
-        j = int(node_of[g])
-        for view in item.views:
-            source = grouping.source_group(g, view)
-            i = int(node_of[source])
-            priced_pair, rows, columns = price(source, view.tensor, j, view.dims)
-            weights = _from_weights(grouping, source)
-            hides = weights and bool(pricing.device.overlapped_gathers)
-            if priced_pair.seconds.any():
-                ops = view.ops or readers.get((view.tensor, view.region), [0])
-                event = Event(
-                    kind=RESHARD, op=min(ops), region=view.region, node=j, source=i,
-                    seconds=priced_pair.seconds, n_bytes=priced_pair.bytes_by_kind, rows=rows,
-                    columns=columns, hides=hides, label="weights" if weights else "activations",
-                )  # fmt: skip
-                copy = None
-                if not weights:
-                    specs, _ = spec_cache[(j, "v", *view.dims)]
-                    size = graph.tensors[view.tensor].n_bytes
-                    copy = operand(event, size, pricing.shards(specs), max(ops) + 1)
-                yield event, i, times[view.region], copy
-    last = len(graph.ops) - 1
-    for a, b in graph.aliases:
-        t_in, t_out = graph.inputs[a], graph.outputs[b]
-        source, target = grouping.group_of[t_out], grouping.group_of[t_in]
-        i, j = int(node_of[source]), int(node_of[target])
-        dims_in = grouping.groups[target].tensors[t_in]
-        pair, rows, columns = price(source, t_out, j, dims_in)
-        if pair.seconds.any():
-            yield Event(
-                kind=RESHARD, op=last, region=0, node=j, source=i, seconds=pair.seconds,
-                n_bytes=pair.bytes_by_kind, rows=rows, columns=columns, hides=False,
-                label="updated weights",
-            ), i, 1.0, None  # fmt: skip
 
 
 def _problem(grouping, layout, node_of, choices, node_costs, edges, pricing, stored, limit):

@@ -10,9 +10,9 @@ import dataclasses
 
 import numpy as np
 
+from cost_model.events import COMPUTE, RESHARD
 from cost_model.pricing import KINDS
 from cost_model.simulate import Simulator
-from cost_model.tables import COMPUTE, RESHARD
 
 COMPUTE_LANE, NETWORK_LANE = "compute", "network"
 _REPEATS = "further turns of a loop"

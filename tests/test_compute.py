@@ -15,13 +15,12 @@ from cost_model.compute import (
     attention_time_s,
     elementwise_time_s,
     gather_time_s,
-    load_calibration,
-    matmul_time_s,
     memory_bound_time_s,
-    parse_calibration,
     sort_time_s,
 )
 from cost_model.device import device_names, load_device
+from cost_model.fitted import load_calibration, parse_calibration
+from cost_model.matmul import matmul_time_s
 from graphs.errors import MeshwrightError
 
 FOLDER = importlib.resources.files("cost_model") / "calibration"

@@ -9,8 +9,8 @@ import pytest
 from test_groups import arg
 
 from cost_model.cluster import parse_cluster
-from cost_model.compute import load_calibration
 from cost_model.estimate import estimate, ring_s
+from cost_model.fitted import load_calibration
 from cost_model.layout import layout_for
 from cost_model.operators import CONTRACTIONS, widened
 from cost_model.pricing import Pricing, reshard

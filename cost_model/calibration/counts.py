@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 
 from cost_model.calibration.programs import Case
-from cost_model.compute import Work, item_bytes
+from cost_model.compute import Work
+from cost_model.device import item_bytes
 
 VECTOR_KINDS = ("attention", "elementwise", "reduce", "move", "index", "sort", "ragged_dot")
 VECTOR_KINDS += ("optimizer",)

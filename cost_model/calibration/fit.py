@@ -1,4 +1,4 @@
-"""Fits the constants of cost_model.compute to a profile, and says how well they predict.
+"""Fits the constants of cost_model.compute and matmul to a profile, and says how well they predict.
 
 Least squares on the logarithm of cycles with a soft loss, so that a few odd kernels do not bend the
 fit. Every fourth shape (by a hash of its name) is held out for the stated error; the shipped
@@ -23,20 +23,16 @@ from cost_model.calibration.counts import (
 )
 from cost_model.calibration.programs import Case, parse_case
 from cost_model.compute import (
-    Calibration,
     Work,
     attention_flops,
     class_cycles,
-    item_bytes,
     kernel_cycles,
     loop_cycles,
-    matmul_cycles,
-    matmul_features,
-    nearby_residuals,
-    parse_calibration,
     work_features,
 )
-from cost_model.device import Device
+from cost_model.device import Device, item_bytes
+from cost_model.fitted import Calibration, nearby_residuals, parse_calibration
+from cost_model.matmul import matmul_cycles, matmul_features
 from graphs.errors import MeshwrightError
 
 Errors = dict[str, tuple[int, float, float]]

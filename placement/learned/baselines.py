@@ -16,22 +16,21 @@ not decide between them.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from placement.learned.anytime import Curve, Recorder
-from placement.learned.encoding import (
-    CHOICES_OF_AXIS,
-    FSDP,
-    MAX_AXES,
-    MEMORY_PRICES,
-    SCOPES,
-    ShortPlan,
-    Speaker,
-    random_plan,
+from placement.learned.encoding import Speaker, random_plan
+from placement.learned.genome import (
+    Genome,
+    changed,
+    crossed,
+    fully_sharded,
+    genome_of,
+    genome_of_path,
+    n_options,
 )
 from placement.learned.instance import SOLVER_STEPS, Instance, Outer
 from placement.mesh_search import EXPOSURES
@@ -42,18 +41,6 @@ _POPULATION = 16
 _EXPLORATION = 0.4
 _HOT, _COLD = 0.3, 0.003
 _FIRST_CYCLE = 16
-_WHOLE_PLAN = {"scope": len(SCOPES), "binding": 2, "memory_price": len(MEMORY_PRICES)}
-"""Options of decisions that concern all axes."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Genome:
-    """A whole plan in short: indices into the instance's options."""
-
-    remat: int
-    microbatches: int
-    layout: int
-    plan: ShortPlan
 
 
 class Scorer:
@@ -86,12 +73,6 @@ def outer_order(instance: Instance, seed: int) -> Iterator[int]:
     yield from np.random.default_rng([seed, 1]).permutation(len(instance.outers)).tolist()
 
 
-def _genome_of(instance: Instance, index: int, plan: ShortPlan) -> Genome:
-    rest, layout = divmod(index, len(instance.layouts))
-    remat, microbatches = divmod(rest, len(instance.microbatches))
-    return Genome(remat=remat, microbatches=microbatches, layout=layout, plan=plan)
-
-
 def random(instance: Instance, *, max_evaluations: int, time_limit_s: float, seed: int) -> Curve:
     """Random candidates with random short plans."""
     recorder = Recorder(instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s)
@@ -100,7 +81,7 @@ def random(instance: Instance, *, max_evaluations: int, time_limit_s: float, see
         for index in outer_order(instance, seed):
             if recorder.over():
                 break
-            score(_genome_of(instance, index, random_plan(rng)))
+            score(genome_of(instance, index, random_plan(rng)))
     return recorder.curve()
 
 
@@ -128,7 +109,7 @@ def annealing(instance: Instance, *, max_evaluations: int, time_limit_s: float, 
     """
     recorder = Recorder(instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s)
     score, rng = Scorer(instance, recorder), np.random.default_rng([seed, 4])
-    best = now = _start(instance)
+    best = now = fully_sharded(instance)
     best_value = value = score(now)
     cycle = _FIRST_CYCLE
     while not recorder.over():
@@ -137,7 +118,7 @@ def annealing(instance: Instance, *, max_evaluations: int, time_limit_s: float, 
             if recorder.over():
                 break
             heat = _HOT * (_COLD / _HOT) ** (n / cycle)
-            other = _changed(instance, rng, now)
+            other = changed(instance, rng, now)
             found = score(other)
             if found <= value or rng.random() < math.exp((value - found) / heat):
                 now, value = other, found
@@ -154,21 +135,21 @@ def evolution(instance: Instance, *, max_evaluations: int, time_limit_s: float, 
     """
     recorder = Recorder(instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s)
     score, rng = Scorer(instance, recorder), np.random.default_rng([seed, 5])
-    first = _start(instance)
+    first = fully_sharded(instance)
     pool = [(score(first), first)]
     for index in outer_order(instance, seed):
         if len(pool) == _POPULATION or recorder.over():
             break
-        genome = _genome_of(instance, index, random_plan(rng))
+        genome = genome_of(instance, index, random_plan(rng))
         pool.append((score(genome), genome))
     while not recorder.over():
         parents = []
         for _ in range(2):
             a, b = rng.choice(len(pool), 2)
             parents.append(min(pool[a], pool[b], key=lambda x: x[0])[1])
-        child = _crossed(rng, *parents)
+        child = crossed(rng, *parents)
         for _ in range(int(rng.integers(1, 3))):
-            child = _changed(instance, rng, child)
+            child = changed(instance, rng, child)
         pool.append((score(child), child))
         pool.remove(max(pool, key=lambda x: x[0]))
     return recorder.curve()
@@ -185,17 +166,17 @@ def tree_search(
     """
     recorder = Recorder(instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s)
     score, rng = Scorer(instance, recorder), np.random.default_rng([seed, 6])
-    reference = math.exp(min(score(_start(instance)), 700.0))
+    reference = math.exp(min(score(fully_sharded(instance)), 700.0))
     visits: dict[tuple[int, ...], int] = {}
     total: dict[tuple[int, ...], float] = {}
     while not recorder.over():
         path: tuple[int, ...] = ()
         inside = True
-        while (width := _width(instance, path)) is not None:
+        while (options := n_options(instance, path)) is not None:
             if not inside:
-                path += (int(rng.integers(width)),)
+                path += (int(rng.integers(options)),)
                 continue
-            children = [(*path, c) for c in range(width)]
+            children = [(*path, c) for c in range(options)]
             fresh = [c for c in children if c not in visits]
             if fresh:
                 path, inside = fresh[int(rng.integers(len(fresh)))], False
@@ -207,7 +188,7 @@ def tree_search(
                         total[c] / visits[c] + _EXPLORATION * math.sqrt(spent / visits[c])
                     ),
                 )
-        value = score(_genome_of_path(instance, path))
+        value = score(genome_of_path(instance, path))
         fits = recorder.last_fits
         gain = reference / math.exp(value) if fits else 0.0
         gain = gain / (1.0 + gain)
@@ -336,87 +317,3 @@ ENGINES: dict[str, Baseline] = {"engine": engine, "engine_random": engine_random
 BASELINES: dict[str, Baseline] = {**SCORING, **ENGINES, "rules": rules}
 SEEDED = ("random", "random_nodes", "annealing", "evolution", "tree_search", "engine_random")
 """Those whose result depends on the seed."""
-
-
-def _start(instance: Instance) -> Genome:
-    """Fully sharded data parallelism on the most even mesh of two axes."""
-    layouts = instance.layouts
-    two = [n for n, x in enumerate(layouts) if len(x.mesh.axis_sizes) == 2] or [0]
-    layout = min(two, key=lambda n: max(layouts[n].mesh.axis_sizes))
-    return Genome(remat=0, microbatches=0, layout=layout, plan=FSDP)
-
-
-def _changed(instance: Instance, rng: np.random.Generator, g: Genome) -> Genome:
-    """One decision drawn anew: an outer one half of the time."""
-    if rng.random() < 0.5:
-        options = {
-            "remat": len(REMAT),
-            "microbatches": len(instance.microbatches),
-            "layout": len(instance.layouts),
-        }
-        free = [k for k, n in options.items() if n > 1]
-        name = free[int(rng.choice(len(free), p=_weights([options[k] for k in free])))]
-        return dataclasses.replace(g, **{name: int(rng.integers(options[name]))})
-    if rng.random() < 0.3:
-        name = ("memory_price", "scope", "binding")[int(rng.integers(3))]
-        value = int(rng.integers(_WHOLE_PLAN[name]))
-        return dataclasses.replace(g, plan=dataclasses.replace(g.plan, **{name: value}))
-    n_axes = len(instance.layouts[g.layout].mesh.axis_sizes)
-    axis, field = int(rng.integers(n_axes)), int(rng.choice(3, p=[0.45, 0.4, 0.15]))
-    name = ("activations", "states", "gathered")[field]
-    values = list(getattr(g.plan, name))
-    values[axis] = int(rng.integers(CHOICES_OF_AXIS[field]))
-    return dataclasses.replace(g, plan=dataclasses.replace(g.plan, **{name: tuple(values)}))
-
-
-def _weights(sizes: list[int]) -> np.ndarray:
-    logs = np.log(np.array(sizes, float))
-    return logs / logs.sum()
-
-
-def _crossed(rng: np.random.Generator, a: Genome, b: Genome) -> Genome:
-    """Each outer decision and each axis from either parent."""
-    take = rng.random(6 + MAX_AXES) < 0.5
-
-    def mix(x, y):
-        return tuple(p if take[6 + n] else q for n, (p, q) in enumerate(zip(x, y)))
-
-    plan = ShortPlan(
-        activations=mix(a.plan.activations, b.plan.activations),
-        states=mix(a.plan.states, b.plan.states),
-        gathered=mix(a.plan.gathered, b.plan.gathered),
-        memory_price=(a if take[3] else b).plan.memory_price,
-        scope=(a if take[4] else b).plan.scope,
-        binding=(a if take[5] else b).plan.binding,
-    )
-    return Genome(
-        remat=(a if take[0] else b).remat,
-        microbatches=(a if take[1] else b).microbatches,
-        layout=(a if take[2] else b).layout,
-        plan=plan,
-    )
-
-
-def _width(instance: Instance, path: tuple[int, ...]) -> int | None:
-    """Options of the next decision of a path, None at its end."""
-    n_meshes = len(instance.layouts)
-    first = (len(REMAT), len(instance.microbatches), n_meshes, *_WHOLE_PLAN.values())
-    if len(path) < len(first):
-        return first[len(path)]
-    step = len(path) - len(first)
-    n_axes = len(instance.layouts[path[2]].mesh.axis_sizes)
-    return CHOICES_OF_AXIS[step % 3] if step < 3 * n_axes else None
-
-
-def _genome_of_path(instance: Instance, path: tuple[int, ...]) -> Genome:
-    remat, microbatches, layout, scope, binding, price, *inner = path
-    pad = (0,) * (MAX_AXES - len(inner) // 3)
-    plan = ShortPlan(
-        activations=(*inner[0::3], *pad),
-        states=(*inner[1::3], *pad),
-        gathered=(*inner[2::3], *pad),
-        memory_price=price,
-        scope=scope,
-        binding=binding,
-    )
-    return Genome(remat=remat, microbatches=microbatches, layout=layout, plan=plan)

@@ -68,7 +68,8 @@ class MeshSearch:
     def run(self) -> None:
         order = self._order()
         for n, layout in enumerate(order):
-            if self._expired() and self.candidates and (self._fitting() or self._given_up()):
+            grace_s = 0.0 if self._fitting() else self.grace_s
+            if self.candidates and self._expired(grace_s):
                 self.skipped = len(order) - n
                 break
             self._solve_layout(layout, len(order) - n)
@@ -80,14 +81,9 @@ class MeshSearch:
 
         return order_layouts(self.policy, self.grouping, self.layouts, self.tied)
 
-    def _expired(self) -> bool:
+    def _expired(self, grace_s: float = 0.0) -> bool:
         spent = self.max_evaluations is not None and self.evaluations >= self.max_evaluations
-        return spent or time.monotonic() >= self.deadline
-
-    def _given_up(self) -> bool:
-        """Whether the search for something that fits, too, has had its time."""
-        spent = self.max_evaluations is not None and self.evaluations >= self.max_evaluations
-        return spent or time.monotonic() >= self.deadline + self.grace_s
+        return spent or time.monotonic() >= self.deadline + grace_s
 
     def _fitting(self) -> list[Candidate]:
         return [c for c in self.candidates if c.memory_bytes <= self.limit]

@@ -20,6 +20,7 @@ from cost_model.pricing import Pricing
 from graphs.choices import Choices
 from graphs.groups import COPY, HEAVY, LEAF, Group, Grouping
 from graphs.rules import WHOLE
+from graphs.rules.kernel import grid_steps, kernel_bytes
 
 TRANSCENDENTAL = frozenset(
     "cbrt cos cosh digamma erf erf_inv erfc exp exp2 expm1 lgamma log log1p logistic pow rsqrt sin "
@@ -39,6 +40,11 @@ CONTRACTIONS = ("dot_general", "ragged_dot", "ragged_dot_general")
 _SUSTAINED_MEMORY = 0.85
 _GATHER_EFFICIENCY = 0.5
 _CONV_EFFICIENCY = 0.5
+_KERNEL_EFFICIENCY = 0.5
+_KERNEL_STEP_S = 0.5e-6
+"""Of hand-written kernels, whose cycles no compiler states: assumed share of the matrix unit's peak
+and cost of a step of the grid (github.com/jax-ml/jax/issues/24633 measures about twice that in
+blocks of 128, vector work included)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,10 +194,13 @@ def _heavy(
         return ComputeEvent(
             op=index, region=op.region, seconds=np.zeros(len(choices)), kind="other"
         )
-    if op.primitive == "conv_general_dilated":
-        peak = device.peak(graph.tensors[op.inputs[0]].dtype) * _CONV_EFFICIENCY
+    if op.primitive in ("conv_general_dilated", "pallas_call"):
         classes = [c for c in item.factors if c != WHOLE]
         shards = np.where(np.isin(choices.place, classes), sizes, 1.0).prod(-1)
+        if op.primitive == "pallas_call":
+            seconds = _kernel_s(op.params, rule.flops, device) / shards
+            return ComputeEvent(op=index, region=op.region, seconds=seconds, kind="matmul")
+        peak = device.peak(graph.tensors[op.inputs[0]].dtype) * _CONV_EFFICIENCY
         return ComputeEvent(
             op=index, region=op.region, seconds=rule.flops / shards / peak, kind="matmul"
         )
@@ -205,6 +214,13 @@ def _heavy(
         moved += graph.tensors[view.tensor].n_bytes / pricing.shards(choices.specs(view.dims))
     seconds = memory_bound_time_s(device, 2.0 * moved / _GATHER_EFFICIENCY)
     return ComputeEvent(op=index, region=op.region, seconds=seconds, kind="gather")
+
+
+def _kernel_s(params, flops: float, device: Device) -> float:
+    """Seconds of a hand-written kernel on one device: its products, its bytes or its grid."""
+    products = flops / (device.peak("bfloat16") * _KERNEL_EFFICIENCY)
+    moved = kernel_bytes(params) / (device.hbm_bandwidth_bytes_per_s * _SUSTAINED_MEMORY)
+    return max(products, moved) + grid_steps(params) * _KERNEL_STEP_S
 
 
 def _light(

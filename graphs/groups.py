@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from graphs.errors import MeshwrightError
 from graphs.graph import Graph
 from graphs.rules import OpRule, rule_of
+from graphs.rules.kernel import kernel_name
 
 LEAF, LIGHT, HEAVY, COPY = "leaf", "light", "heavy", "copy"
 
@@ -135,8 +136,10 @@ def _rules(graph: Graph, strict: bool) -> tuple[list[OpRule], list[str]]:
             if key is not None:
                 cache[key] = rule
         if not rule.known and any(math.prod(s) > 1 for s in (*ins, *outs)):
-            unknown.setdefault(op.primitive, 0)
-            unknown[op.primitive] += 1
+            name = op.primitive
+            if name == "pallas_call":
+                name = f"{name}:{kernel_name(op.params)}"
+            unknown[name] = unknown.get(name, 0) + 1
         rules.append(rule)
     messages = [
         f"primitive {name!r} ({count} uses) has no sharding rule and is kept whole on every device; "

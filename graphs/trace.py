@@ -135,7 +135,8 @@ class _Builder:
         outputs = tuple(
             self.tensor(a, index, region if out_region is None else out_region) for a in out_avals
         )
-        kept = {k: v for k, v in params.items() if k not in _BODIES}
+        opaque = primitive == "pallas_call"  # its rule reads the kernel
+        kept = params if opaque else {k: v for k, v in params.items() if k not in _BODIES}
         self.ops.append(
             Op(
                 primitive=primitive,

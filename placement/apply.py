@@ -17,8 +17,10 @@ from jax.core import eval_jaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
 from graphs._jaxpr import called_jaxpr, open_jaxpr
+from graphs.rules import local_of
 from graphs.rules.manual import entry_axes
 from graphs.trace import abstract
+from placement.local_calls import call_on_parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,13 +175,20 @@ class _Walker:
                 if name == "sharding_constraint":  # the plan holds the user's pin
                     env[eqn.outvars[0]] = self.value(operands[0])
                     continue
-                params = eqn.primitive.get_bind_params(eqn.params)
-                result = eqn.primitive.bind(*operands, **params)
-                results = result if eqn.primitive.multiple_results else [result]
-                outs = [self.value(x) for x in results]
+                outs = [self.value(x) for x in self._results(eqn, operands)]
             for var, pair in zip(eqn.outvars, outs):
                 env[var] = pair
         return [read(v) for v in jaxpr.outvars]
+
+    def _results(self, eqn, operands) -> list[Any]:
+        local = local_of(eqn.primitive.name)
+        if local is not None:
+            numbers = range(self.n_tensors, self.n_tensors + len(eqn.outvars))
+            specs = [self.constraints.results.get(t, ()) for t in numbers]
+            return call_on_parts(eqn, local, operands, specs, self.mesh)
+        params = eqn.primitive.get_bind_params(eqn.params)
+        result = eqn.primitive.bind(*operands, **params)
+        return list(result) if eqn.primitive.multiple_results else [result]
 
     def _materialise(self, args):
         out = []

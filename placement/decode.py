@@ -17,10 +17,11 @@ from placement.plan import LeafSpec, SpecEntries
 
 SMALL = 2048
 """Values with fewer elements are left to the compiler."""
-ALWAYS = frozenset(["sharding_constraint", "conv_general_dilated"])
-"""Primitives whose operands and results are pinned however small: what the user pinned, and
+ALWAYS = frozenset(["sharding_constraint", "conv_general_dilated", "pallas_call"])
+"""Primitives whose operands and results are pinned however small: what the user pinned;
 convolutions, whose weight gradient XLA's partitioner gets wrong where it may shard the window
-(``tests/test_apply.py``: a depthwise convolution, four times its gradient)."""
+(``tests/test_apply.py``: a depthwise convolution, four times its gradient); kernels, which each
+device calls on its part."""
 
 
 def tensor_specs(tables: Tables, assignment: np.ndarray) -> dict[int, Spec]:

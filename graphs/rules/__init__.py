@@ -1,7 +1,17 @@
-"""The sharding rule of every primitive. ``register_rule`` adds one for a primitive of your own."""
+"""The sharding rule of every primitive. ``register_rule`` adds one for a primitive of your own,
+``register_local`` says how each device calls one that XLA cannot partition."""
 
-from graphs.rules import contraction, elementwise, indexing, manual, structural
-from graphs.rules.rule import WHOLE, FactorBuilder, OpRule, register_rule, registered, rule_of
+from graphs.rules import contraction, elementwise, indexing, kernel, manual, structural
+from graphs.rules.rule import (
+    WHOLE,
+    FactorBuilder,
+    OpRule,
+    local_of,
+    register_local,
+    register_rule,
+    registered,
+    rule_of,
+)
 
 __all__ = [
     "WHOLE",
@@ -10,7 +20,10 @@ __all__ = [
     "contraction",
     "elementwise",
     "indexing",
+    "kernel",
+    "local_of",
     "manual",
+    "register_local",
     "register_rule",
     "registered",
     "rule_of",

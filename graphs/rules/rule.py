@@ -35,7 +35,7 @@ class OpRule:
     """True where the operator costs memory traffic only and follows its neighbours' sharding;
     False where it decides (contractions, gathers, scatters)."""
     flops: float = 0.0
-    """Multiply-adds count two. Only contractions count here."""
+    """Multiply-adds count two. Only contractions and kernels count here."""
     pins: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Factor -> names of the mesh axes that the user has put on it."""
     known: bool = True
@@ -45,7 +45,14 @@ class OpRule:
 RuleFn = Callable[[Mapping[str, Any], tuple[Shape, ...], tuple[Shape, ...]], OpRule]
 """(equation parameters, operand shapes, result shapes) -> rule."""
 
+LocalFn = Callable[
+    [Mapping[str, Any], tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]], dict[str, Any]
+]
+"""(equation parameters, parts into which each dimension of each operand is cut, the same of each
+result) -> the parameters of the call on one device."""
+
 _RULES: dict[str, RuleFn] = {}
+_LOCAL: dict[str, LocalFn] = {}
 
 
 def register_rule(*primitives: str) -> Callable[[RuleFn], RuleFn]:
@@ -57,6 +64,31 @@ def register_rule(*primitives: str) -> Callable[[RuleFn], RuleFn]:
         return fn
 
     return register
+
+
+def register_local(*primitives: str) -> Callable[[LocalFn], LocalFn]:
+    """Decorator: XLA cannot partition these primitives, so each device calls them on its part.
+
+    The function gives the equation's parameters on that part; the sharding rule says which parts
+    there are. A plan's ``apply`` puts such a call into a ``jax.shard_map``.
+    """
+
+    def register(fn: LocalFn) -> LocalFn:
+        for name in primitives:
+            _LOCAL[name] = fn
+        return fn
+
+    return register
+
+
+def local_of(primitive: str) -> LocalFn | None:
+    """How a primitive is called on one device's part; None where XLA partitions it."""
+    return _LOCAL.get(primitive)
+
+
+def rule_named(name: str) -> RuleFn | None:
+    """The rule registered under a name, if any."""
+    return _RULES.get(name)
 
 
 def rule_of(

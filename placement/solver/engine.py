@@ -214,17 +214,18 @@ def _search(ascent, polish, failures) -> None:
             polish.cross(walk.best_x)
         if best.over():
             return
-        polish.local_search(best.x, ascent.prices, n_moves)
+        block = polish.any_block() if quiet else polish.block
+        n_moves = polish.moves_in(2 * _CHUNK_S, block)
+        polish.local_search(best.x, ascent.prices, n_moves, block)
         if best.over():
             return
         gained = best.excess < before[0] or best.cost < before[1] - 1e-5 * abs(before[1])
         quiet = 0 if gained else quiet + 1
         if quiet >= 10 and best.feasible:
             quiet = 0
-            seconds = min(4.0 * 1.5**cycle, 40.0, max(best.deadline - time.monotonic(), 0.1))
-            heat = 10.0 ** polish.rng.uniform(-2.5, -0.5)
+            seconds = min(3.0 * 1.25**cycle, 40.0, max(best.deadline - time.monotonic(), 0.1))
             cycle += 1
-            walk = polish.anneal(best.x, lambda: ascent.prices, heat, seconds)
+            walk = polish.anneal(best.x, lambda: ascent.prices, polish.any_style(), seconds)
             polish.cross(walk.best_x)
 
 

@@ -268,6 +268,8 @@ def _share_of_cores(device: Device, n_devices: int) -> Device:
         peak_flops_per_s={k: v * share for k, v in device.peak_flops_per_s.items()},
         vector_flops_per_s=device.vector_flops_per_s * share,
         hbm_bandwidth_bytes_per_s=device.hbm_bandwidth_bytes_per_s * share,
+        cache_bytes=device.cache_bytes / n_devices,
+        cache_bandwidth_bytes_per_s=device.cache_bandwidth_bytes_per_s * share,
         link_bandwidth_bytes_per_s=device.link_bandwidth_bytes_per_s * share,
     )
 

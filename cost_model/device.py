@@ -35,6 +35,8 @@ _PER_CHIP = (
     "hbm_capacity_bytes",
     "hbm_available_bytes",
     "hbm_bandwidth_bytes_per_s",
+    "cache_bytes",
+    "cache_bandwidth_bytes_per_s",
     "link_bandwidth_bytes_per_s",
     "inter_slice_bandwidth_bytes_per_s",
     "host_bandwidth_bytes_per_s",
@@ -69,6 +71,10 @@ class Device:
     hbm_available_bytes: float
     """what the compiler lets one program use; the capacity where it is not known to be less."""
     hbm_bandwidth_bytes_per_s: float
+    cache_bytes: float
+    """of the last cache before device memory that programs do not address; 0: none is modelled."""
+    cache_bandwidth_bytes_per_s: float
+    """of fused loops whose arrays lie in that cache."""
     core_clock_hz: float
     matrix_tile: int
     """edge of the matrix unit (or of the usual output tile): shapes round up to it."""
@@ -241,6 +247,8 @@ def _build(where: str, values: dict[str, Any], sources: dict[str, str]) -> Devic
             "inter_node_latency_s",
             "inter_slice_bandwidth_bytes_per_s",
             "inter_slice_latency_s",
+            "cache_bytes",
+            "cache_bandwidth_bytes_per_s",
             "cores",
         ),
         0,

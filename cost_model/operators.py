@@ -321,5 +321,11 @@ def _light(
 
 
 def fused_bytes_s(device: Device, n_bytes) -> np.ndarray:
-    """Seconds to move bytes inside fused loops, at the sustained share of memory bandwidth."""
-    return np.asarray(n_bytes) / (device.hbm_bandwidth_bytes_per_s * _SUSTAINED_MEMORY)
+    """Seconds to move bytes inside fused loops: at the sustained share of memory bandwidth, or at
+    the cache's where all of them fit into it."""
+    moved = np.asarray(n_bytes)
+    seconds = moved / (device.hbm_bandwidth_bytes_per_s * _SUSTAINED_MEMORY)
+    if device.cache_bytes:
+        cached = moved / device.cache_bandwidth_bytes_per_s
+        seconds = np.where(moved <= device.cache_bytes, cached, seconds)
+    return seconds

@@ -176,18 +176,25 @@ def _two_processors() -> bool:
 
 
 def _race(ascent, polish) -> None:
-    """Dual ascent in a second thread, local search in this one."""
+    """Dual ascent in a second thread, local search in this one.
+
+    Where the ascent settles, its thread anneals for as long as it climbed, and climbs again.
+    """
     best = ascent.incumbent
     failures: list[BaseException] = []
+    other = polish.sibling()
 
     def climb() -> None:
         try:
-            n_steps = 1
+            n_steps, began = 1, time.monotonic()
             while not best.over() or ascent.n_published == 0:  # one round is always made
                 spent = ascent.step(n_steps)
                 n_steps = max(1, min(int(n_steps * _CHUNK_S / max(spent, 1e-4)), 2 * n_steps))
                 if ascent.settled:
+                    if best.feasible and not best.over():
+                        _anneal(ascent, other, min(time.monotonic() - began, 20.0))
                     ascent.shake()
+                    began = time.monotonic()
         except BaseException as error:
             failures.append(error)
 
@@ -223,10 +230,16 @@ def _search(ascent, polish, failures) -> None:
         quiet = 0 if gained else quiet + 1
         if quiet >= 10 and best.feasible:
             quiet = 0
-            seconds = min(3.0 * 1.25**cycle, 40.0, max(best.deadline - time.monotonic(), 0.1))
+            _anneal(ascent, polish, min(3.0 * 1.25**cycle, 40.0))
             cycle += 1
-            walk = polish.anneal(best.x, lambda: ascent.prices, polish.any_style(), seconds)
-            polish.cross(walk.best_x)
+
+
+def _anneal(ascent, polish, seconds: float) -> None:
+    """One annealing of the incumbent, and what of it is better."""
+    best = ascent.incumbent
+    seconds = min(seconds, max(best.deadline - time.monotonic(), 0.1))
+    walk = polish.anneal(best.x, lambda: ascent.prices, polish.any_style(), seconds)
+    polish.cross(walk.best_x)
 
 
 def solution_of(

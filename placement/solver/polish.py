@@ -62,6 +62,10 @@ class Polish:
         self.rng = np.random.default_rng(seed)
         self.moves_per_s = 20_000.0
 
+    def sibling(self) -> Polish:
+        """Another search of the same incumbent, for another thread."""
+        return Polish(self.incumbent, int(self.rng.integers(2**31)))
+
     def walk(self, x: np.ndarray) -> Walk:
         cost, excess, use = self.incumbent.measure(x)
         state = np.array([cost, excess, cost, excess])

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,17 +68,21 @@ def evaluate(
     out: str | None = None,
     *,
     seeds: int = 1,
+    first_seed: int = 0,
     time_fraction: float = 1.0,
-    instances: str | None = None,
+    instances: str | Sequence[str] | None = None,
 ) -> int:
     """Print a table and the mean contest score; write ``out``/iopddl.json if given.
 
-    ``time_fraction`` scales the reference time limits; ``instances`` names some, joined by +.
+    ``time_fraction`` scales the reference time limits; ``instances`` names some: a list, or
+    names joined by + or commas.
     Exit status 1 if any run gave no valid answer.
     """
     folder = Path(dir)
     rows = _reference(folder / "reference.csv")
-    chosen = instances.split("+") if instances else [row["instance"] for row in rows]
+    if isinstance(instances, str):
+        instances = instances.replace("+", ",").split(",")
+    chosen = list(instances or (row["instance"] for row in rows))
     unknown = set(chosen) - {row["instance"] for row in rows}
     if unknown:
         raise MeshwrightError(f"no instance {sorted(unknown)[0]!r} in {folder / 'reference.csv'}")
@@ -89,7 +94,7 @@ def evaluate(
     for row in rows:
         if row["instance"] not in chosen:
             continue
-        for seed in range(seeds):
+        for seed in range(first_seed, first_seed + seeds):
             scores.append(_run(folder, row, seed, time_fraction))
             print(_line(scores[-1]), flush=True)
     mean = float(np.mean([s.score for s in scores])) if scores else 0.0

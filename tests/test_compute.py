@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cost_model.calibration.cycles import read_cycles
 from cost_model.calibration.fit import fit_profile, predict_cycles, read_profile
 from cost_model.calibration.programs import build, cases, parse_case
+from cost_model.cluster import parse_cluster
 from cost_model.compute import (
     attention_time_s,
     elementwise_time_s,
@@ -21,6 +22,7 @@ from cost_model.compute import (
 from cost_model.device import device_names, load_device
 from cost_model.fitted import load_calibration, parse_calibration
 from cost_model.matmul import matmul_time_s
+from cost_model.operators import fused_bytes_s
 from graphs.errors import MeshwrightError
 
 FOLDER = importlib.resources.files("cost_model") / "calibration"
@@ -205,3 +207,13 @@ def test_the_profile_command_refuses_what_it_does_not_know(tmp_path):
         profile(tmp_path, "device=v5x")
     with pytest.raises(MeshwrightError, match="finds no gpu"):
         profile(tmp_path, "device=h100")
+
+
+def test_forced_host_devices_share_the_cache_of_the_machine():
+    one, eight = (parse_cluster(f"cpu:{n}").device for n in (1, 8))
+    assert eight.cache_bytes == one.cache_bytes / 8
+    inside, outside = 0.9 * eight.cache_bytes, 1.1 * eight.cache_bytes
+    assert fused_bytes_s(eight, inside) == inside / eight.cache_bandwidth_bytes_per_s
+    assert fused_bytes_s(eight, outside) > 1.5 * fused_bytes_s(eight, inside)
+    v5e = parse_cluster("v5e:4x4").device
+    assert fused_bytes_s(v5e, 2.0) == 2.0 * fused_bytes_s(v5e, 1.0)

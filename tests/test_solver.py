@@ -15,6 +15,7 @@ from placement.solver import _dual
 from placement.solver.ascent import Ascent
 from placement.solver.core import reduce
 from placement.solver.incumbent import Incumbent
+from placement.solver.polish import Polish, Style
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -297,3 +298,60 @@ def layered_problem(seed: int, n_nodes: int) -> Problem:
         usages=np.concatenate(usages),
         usage_limit=float(np.floor(1.1 * peak)),
     )
+
+
+def fan(seed: int, length: int) -> Problem:
+    """A hub joined to every node of a path, no limit: cycles everywhere, all through the hub."""
+    rng = np.random.default_rng(seed)
+    k = np.array([4, *[3] * length])
+    pairs = [(0, i) for i in range(1, length + 1)] + [(i, i + 1) for i in range(1, length)]
+    tables = [rng.integers(0, 50, k[i] * k[j]).astype(float) for i, j in pairs]
+    return Problem(
+        name=f"fan{seed}",
+        strategy_offsets=np.concatenate([[0], np.cumsum(k)]).astype(np.int64),
+        node_costs=rng.integers(0, 50, k.sum()).astype(float),
+        edge_nodes=np.array(pairs, dtype=np.int32),
+        edge_offsets=np.concatenate([[0], np.cumsum([len(t) for t in tables])]).astype(np.int64),
+        edge_costs=np.concatenate(tables),
+        usage_nodes=np.zeros(0, dtype=np.int32),
+        usage_intervals=np.zeros((0, 2), dtype=np.int64),
+        usage_offsets=np.zeros(1, dtype=np.int64),
+        usages=np.zeros(0),
+        usage_limit=np.inf,
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_one_move_around_a_hub_sets_all_that_hangs_on_it(seed):
+    problem = fan(seed, 7)
+    reduced = reduce(problem)
+    best = Incumbent(
+        reduced, start=time.monotonic(), deadline=np.inf, max_evaluations=None, on_progress=None
+    )
+    polish = Polish(best, seed)
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, np.diff(reduced.core.offsets)).astype(np.int32)
+    walk = polish.walk(x)
+    prices = np.zeros(len(reduced.core.fixed))
+    for _ in range(200):  # moves that reach fewer nodes only help
+        polish.moves(walk, prices, 1, block_size=50, noise=0.0, hubs=1.0)
+    assert walk.state[0] + reduced.constant == pytest.approx(enumerate_optimum(problem))
+
+
+@pytest.mark.parametrize("beyond", [0.0, 0.05])
+def test_annealing_beyond_the_limit_ends_within_it(beyond):
+    problem = random_problem(5, 30, 4, 0.15, tightness=0.3)
+    found = solver.solve(problem, time_limit_s=1.0, seed=0, max_evaluations=2000)
+    reduced = reduce(problem)
+    best = Incumbent(
+        reduced, start=time.monotonic(), deadline=np.inf, max_evaluations=None, on_progress=None
+    )
+    best.offer_assignment(found.assignment)
+    before = best.cost
+    style = Style(heat=0.3, block_size=20, hubs=0.5, beyond=beyond)
+    prices = np.full(len(reduced.core.fixed), 1e-3)
+    walk = Polish(best, 1).anneal(best.x, lambda: prices, style, 0.3)
+    assert best.feasible and best.cost <= before
+    assert problem.is_feasible(reduced.lift(best.x))
+    cost, excess, _ = best.measure(walk.x)
+    assert walk.state[:2] == pytest.approx([cost, excess])

@@ -121,7 +121,10 @@ def improve(problem: Problem, best, seed: int) -> Problem:
 
 
 def _alternate(ascent, polish) -> None:
-    """Dual steps and local search in turn; at least one round."""
+    """Dual steps and local search in turn; at least one round.
+
+    Every state of a root is not tried here: nodes of traced programs have up to hundreds.
+    """
     best = ascent.incumbent
     n_moves = int(min(2000, 20 * len(ascent.order)))
     quiet = 0
@@ -130,7 +133,7 @@ def _alternate(ascent, polish) -> None:
         ascent.step(10)
         for x in (ascent.decoded, best.x):
             if x is not None and not best.closed() and not best.impossible():
-                polish.local_search(x, ascent.prices, n_moves)
+                polish.local_search(x, ascent.prices, n_moves, hubs=0.0)
         gained = (
             best.excess < before[0]
             or best.cost < before[1] - 1e-6 * abs(before[1])

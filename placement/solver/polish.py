@@ -136,14 +136,19 @@ class Polish:
         return prices
 
     def local_search(
-        self, x: np.ndarray, prices: np.ndarray, n_moves: int, block_size: int = _BLOCK
+        self,
+        x: np.ndarray,
+        prices: np.ndarray,
+        n_moves: int,
+        block_size: int = _BLOCK,
+        hubs: float = _HUBS,
     ) -> Walk:
         """Repair x if need be, then improve it in blocks of about this size."""
         walk = self.walk(x)
         repaired = self.repair(walk, prices, max(n_moves // 6, 50))
         if walk.feasible and not self.incumbent.expired():
             noise = float(self.rng.integers(2))
-            self.moves(walk, prices, n_moves, noise=noise, block_size=block_size)
+            self.moves(walk, prices, n_moves, noise=noise, block_size=block_size, hubs=hubs)
         elif not walk.feasible:
             prices = repaired
         self.incumbent.offer(walk.best_x)

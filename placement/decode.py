@@ -13,15 +13,20 @@ from cost_model.tables import Tables
 from graphs.choices import spec_of
 from graphs.groups import COPY, HEAVY
 from graphs.mesh import Spec
+from graphs.rules import local_of
 from placement.plan import LeafSpec, SpecEntries
 
 SMALL = 2048
 """Values with fewer elements are left to the compiler."""
-ALWAYS = frozenset(["sharding_constraint", "conv_general_dilated", "pallas_call"])
-"""Primitives whose operands and results are pinned however small: what the user pinned;
+ALWAYS = frozenset(["sharding_constraint", "conv_general_dilated"])
+"""Primitives whose operands and results are pinned however small: what the user pinned, and
 convolutions, whose weight gradient XLA's partitioner gets wrong where it may shard the window
-(``tests/test_apply.py``: a depthwise convolution, four times its gradient); kernels, which each
-device calls on its part."""
+(``tests/test_apply.py``: a depthwise convolution, four times its gradient)."""
+
+
+def _always(primitive: str) -> bool:
+    """Whether it is in ALWAYS, or each device calls it on its part, which the pins say."""
+    return primitive in ALWAYS or local_of(primitive) is not None
 
 
 def tensor_specs(tables: Tables, assignment: np.ndarray) -> dict[int, Spec]:
@@ -129,7 +134,7 @@ def decode(
         tensor = graph.tensors[t]
         if tensor.producer < 0:
             continue
-        always = graph.ops[tensor.producer].primitive in ALWAYS
+        always = _always(graph.ops[tensor.producer].primitive)
         if always or math.prod(tensor.shape) >= SMALL:
             results[t] = named(specs[t])
     operands: dict[tuple[int, int], SpecEntries] = {}
@@ -144,7 +149,7 @@ def decode(
             if spec != specs[view.tensor]:
                 for op in view.ops:
                     left_open = small or not pin_operands
-                    if left_open and graph.ops[op].primitive not in ALWAYS:
+                    if left_open and not _always(graph.ops[op].primitive):
                         continue
                     operands[(op, view.tensor)] = named(spec)
     return inputs, tuple(outputs), results, operands

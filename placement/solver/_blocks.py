@@ -16,34 +16,12 @@ raises the merit a little without breaking the limit.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-# Infinities occur, so not all of fastmath; no NaN does, which lets minima be vectorised.
-_compile = numba.njit(
-    cache=True,
-    nogil=True,
-    fastmath={"nnan", "nsz", "arcp", "contract", "reassoc"},
-    error_model="numpy",
-)
+from placement.solver._exchange import add_change, compiled
 
 
-@_compile
-def _add_change(core, i, old, new, change):
-    """Add node i's usage change to the difference array; returns its range of time points."""
-    low, high = len(change), 0
-    for u in range(core.use_start[i], core.use_start[i + 1]):
-        value = core.use_value[u]
-        delta = core.amounts[value + new] - core.amounts[value + old]
-        if delta != 0.0:
-            change[core.use_from[u]] += delta
-            change[core.use_to[u]] -= delta
-            low = min(low, core.use_from[u])
-            high = max(high, core.use_to[u])
-    return low, high
-
-
-@_compile
+@compiled
 def _grow(core, root, target, conditioned, stamp, mark, block, parent, link, hub_link):
     """Collect up to ``target`` nodes whose induced subgraph is a tree; returns how many.
 
@@ -88,7 +66,7 @@ def _grow(core, root, target, conditioned, stamp, mark, block, parent, link, hub
     return size
 
 
-@_compile
+@compiled
 def _own_costs(core, x, block, size, stamp, mark, prefix, scale, amplitude, belief):
     """Costs of each node's states given what is outside the block, with priced usage and noise."""
     for s in range(size):
@@ -114,7 +92,7 @@ def _own_costs(core, x, block, size, stamp, mark, prefix, scale, amplitude, beli
                 belief[first + a] -= amplitude * np.log(np.random.random() + 1e-300)
 
 
-@_compile
+@compiled
 def _upward(core, block, first_s, size, parent, link, belief):
     """Add to each parent's states the least cost below; returns the least cost of all trees."""
     total = 0.0
@@ -139,7 +117,7 @@ def _upward(core, block, first_s, size, parent, link, belief):
     return total
 
 
-@_compile
+@compiled
 def _downward(core, block, first_s, size, parent, link, belief, chosen):
     """The states that attain the least cost, parents first."""
     for s in range(first_s, size):
@@ -157,7 +135,7 @@ def _downward(core, block, first_s, size, parent, link, belief, chosen):
         chosen[i] = arg
 
 
-@_compile
+@compiled
 def _add_hub(core, block, size, hub_link, state, belief, work):
     """work = belief, given the state of the block's root."""
     for s in range(1, size):
@@ -172,7 +150,7 @@ def _add_hub(core, block, size, hub_link, state, belief, work):
                 work[first + a] += core.cells[row + a]
 
 
-@_compile
+@compiled
 def _condition(core, block, size, parent, link, hub_link, belief, work, chosen):
     """Optimum of the block: the forest's for each state of the root, and the best of these."""
     root = block[0]
@@ -189,7 +167,7 @@ def _condition(core, block, size, parent, link, hub_link, belief, work, chosen):
     _downward(core, block, 1, size, parent, link, work, chosen)
 
 
-@_compile
+@compiled
 def _rise(core, x, chosen, block, size, stamp, mark, parent, link, hub_link):
     """(True change of cost, nodes that change); an edge inside the block counts at its child."""
     rise = 0.0
@@ -220,7 +198,7 @@ def _rise(core, x, chosen, block, size, stamp, mark, parent, link, hub_link):
     return rise, changed
 
 
-@_compile
+@compiled
 def search(
     core,
     x,
@@ -302,7 +280,7 @@ def search(
         for s in range(size):
             i = block[s]
             if chosen[i] != x[i]:
-                low, high = _add_change(core, i, x[i], chosen[i], change)
+                low, high = add_change(core, i, x[i], chosen[i], change)
                 low_t, high_t = min(low_t, low), max(high_t, high)
         excess = 0.0
         level = 0.0
@@ -341,87 +319,3 @@ def search(
         for t in range(low_t, high_t + 1):
             change[t] = 0.0
     return scored
-
-
-@_compile
-def cross(core, x, use, y, state, passes):
-    """Take over, in place, the parts of y that lower the cost of feasible x and keep the limit.
-
-    Nodes where x and y differ fall into connected components that do not touch; each is an exchange
-    of its own, with its own change of cost and usage (partition crossover, Whitley et al. 2009).
-    ``state`` as in ``search``; returns the components taken over.
-    """
-    n = len(core.offsets) - 1
-    n_times = len(core.fixed)
-    limit, slack = core.limit, 1e-12 * core.limit
-    label = np.full(n, -1, dtype=np.int64)
-    members = np.empty(n, dtype=np.int64)
-    starts = np.empty(n + 1, dtype=np.int64)
-    n_parts, size = 0, 0
-    for r in range(n):
-        if x[r] == y[r] or label[r] >= 0:
-            continue
-        starts[n_parts] = size
-        label[r] = n_parts
-        members[size] = r
-        at = size
-        size += 1
-        while at < size:
-            i = members[at]
-            at += 1
-            for d in range(core.edge_start[i], core.edge_start[i + 1]):
-                j = core.neighbour[d]
-                if x[j] != y[j] and label[j] < 0:
-                    label[j] = n_parts
-                    members[size] = j
-                    size += 1
-        n_parts += 1
-    starts[n_parts] = size
-    rise = np.zeros(n_parts)
-    for q in range(n_parts):
-        for s in range(starts[q], starts[q + 1]):
-            i = members[s]
-            first = core.offsets[i]
-            k = core.offsets[i + 1] - first
-            rise[q] += core.unary[first + y[i]] - core.unary[first + x[i]]
-            for d in range(core.edge_start[i], core.edge_start[i + 1]):
-                j = core.neighbour[d]
-                if label[j] < 0 or i < j:
-                    rise[q] += core.cells[core.table[d] + y[j] * k + y[i]]
-                    rise[q] -= core.cells[core.table[d] + x[j] * k + x[i]]
-    done = np.zeros(n_parts, dtype=np.bool_)
-    change = np.zeros(n_times + 1)
-    taken = 0
-    for _ in range(passes):
-        moved = False
-        for q in range(n_parts):
-            if done[q] or rise[q] >= 0.0:
-                continue
-            low_t, high_t = n_times, 0
-            for s in range(starts[q], starts[q + 1]):
-                i = members[s]
-                low, high = _add_change(core, i, x[i], y[i], change)
-                low_t, high_t = min(low_t, low), max(high_t, high)
-            fits = True
-            level = 0.0
-            for t in range(low_t, high_t):
-                level += change[t]
-                if use[t] + level > limit + slack:
-                    fits = False
-                    break
-            if fits:
-                level = 0.0
-                for t in range(low_t, high_t):
-                    level += change[t]
-                    use[t] += level
-                for s in range(starts[q], starts[q + 1]):
-                    x[members[s]] = y[members[s]]
-                state[0] += rise[q]
-                done[q] = True
-                moved = True
-                taken += 1
-            for t in range(low_t, high_t + 1):
-                change[t] = 0.0
-        if not moved:
-            break
-    return taken

@@ -217,9 +217,9 @@ def _search(ascent, polish, failures) -> None:
     seen, quiet, cycle = -1, 0, 0
     while not failures:
         before = (best.excess, best.cost)
-        n_moves = polish.moves_in(2 * _CHUNK_S)
         if ascent.n_published != seen:
             seen = ascent.n_published
+            n_moves = polish.moves_in(2 * _CHUNK_S)
             walk = polish.local_search(ascent.decoded, ascent.prices, n_moves)
             polish.cross(walk.best_x)
         if best.over():

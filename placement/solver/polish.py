@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from placement.solver import _blocks
+from placement.solver import _blocks, _exchange
 from placement.solver.incumbent import Incumbent
 
 _REPAIRS = 12
@@ -123,7 +123,9 @@ class Polish:
         """
         return int(_BLOCK * (_LARGEST_BLOCK / _BLOCK) ** self.rng.random())
 
-    def repair(self, walk: Walk, prices: np.ndarray, n_moves: int) -> np.ndarray:
+    def repair(
+        self, walk: Walk, prices: np.ndarray, n_moves: int, hubs: float = _HUBS
+    ) -> np.ndarray:
         """Raise the prices where the limit is broken until it is not; returns those prices."""
         start = 1e-4 * abs(float(walk.state[0])) / (self.core.limit or 1.0)
         penalty = max(float(prices.max(initial=0.0)), start)
@@ -132,7 +134,7 @@ class Polish:
                 break
             penalty *= 3.0
             prices = prices + penalty * (walk.use > self.core.limit)
-            self.moves(walk, prices, n_moves, penalty=penalty)
+            self.moves(walk, prices, n_moves, penalty=penalty, hubs=hubs)
         return prices
 
     def local_search(
@@ -145,7 +147,7 @@ class Polish:
     ) -> Walk:
         """Repair x if need be, then improve it in blocks of about this size."""
         walk = self.walk(x)
-        repaired = self.repair(walk, prices, max(n_moves // 6, 50))
+        repaired = self.repair(walk, prices, max(n_moves // 6, 50), hubs)
         if walk.feasible and not self.incumbent.expired():
             noise = float(self.rng.integers(2))
             self.moves(walk, prices, n_moves, noise=noise, block_size=block_size, hubs=hubs)
@@ -160,7 +162,7 @@ class Polish:
         if best.x is None or not best.feasible:
             return
         walk = self.walk(best.x)
-        taken = _blocks.cross(self.core, walk.x, walk.use, y, walk.state, 3)
+        taken = _exchange.cross(self.core, walk.x, walk.use, y, walk.state, 3)
         best.evaluations += 1
         if taken:
             best.offer(walk.x)

@@ -42,9 +42,8 @@ _GATHER_EFFICIENCY = 0.5
 _CONV_EFFICIENCY = 0.5
 _KERNEL_EFFICIENCY = 0.5
 _KERNEL_STEP_S = 0.5e-6
-"""Of hand-written kernels, whose cycles no compiler states: assumed share of the matrix unit's peak
-and cost of a step of the grid (github.com/jax-ml/jax/issues/24633 measures about twice that in
-blocks of 128, vector work included)."""
+"""Of hand-written kernels, whose cycles no compiler states. Assumed: their share of the matrix unit's
+peak, and the cost of a step of the grid."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import numpy as np
 from graphs._jaxpr import called_jaxpr, open_jaxpr
 from graphs.errors import MeshwrightError
 from graphs.graph import Graph, Op, Region, Tensor
+from graphs.rules import local_of
 
 _BODIES = frozenset(
     ["jaxpr", "call_jaxpr", "fun_jaxpr", "cond_jaxpr", "body_jaxpr", "branches", "jvp_jaxpr_fun"]
@@ -135,8 +136,8 @@ class _Builder:
         outputs = tuple(
             self.tensor(a, index, region if out_region is None else out_region) for a in out_avals
         )
-        opaque = primitive == "pallas_call"  # its rule reads the kernel
-        kept = params if opaque else {k: v for k, v in params.items() if k not in _BODIES}
+        whole = local_of(primitive) is not None  # its rule may read the body, which stays a call
+        kept = params if whole else {k: v for k, v in params.items() if k not in _BODIES}
         self.ops.append(
             Op(
                 primitive=primitive,

@@ -18,6 +18,8 @@ import time
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = os.environ.get("XLA_FLAGS", "")
     flags += " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    # XLA:CPU's concurrent order lets devices wait for each other's collectives on a loaded machine
+    flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     os.environ["XLA_FLAGS"] = flags.strip()  # compiles sooner; eight devices share this machine
 os.environ["JAX_PLATFORMS"] = "cpu"
 

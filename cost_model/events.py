@@ -13,7 +13,13 @@ import numpy as np
 from cost_model.live import readers_of
 from cost_model.operands import operand
 from cost_model.operators import compute_events, contracts
-from cost_model.partial_sums import combine_events, windowed_s
+from cost_model.partial_sums import (
+    combine_events,
+    finish_s,
+    only_readers,
+    reduced_whole,
+    windowed_s,
+)
 from cost_model.pricing import Reshard, reshard
 from graphs.choices import Choices
 from graphs.groups import COPY, HEAVY, LEAF, Group, Grouping
@@ -46,13 +52,16 @@ class Event:
     """May overlap computation that does not need it: weights and weight gradients."""
     label: str
     """What it is reported under."""
+    waits: np.ndarray | None = None
+    """Same shape as seconds: choices that stop the computation although the event may hide."""
 
 
-def own_events(grouping, g, n, menu, pricing, stored, wide, hides) -> list[Event]:
+def own_events(grouping, g, n, menu, pricing, stored, wide, hides, sliced) -> list[Event]:
     """What group g, node n, takes by itself: its operators, and combining its partial results.
 
     ``stored`` and ``wide`` are tensors in memory and those computed in float32
-    (:mod:`cost_model.operators`); ``hides``: only the optimizer waits for the result.
+    (:mod:`cost_model.operators`); ``hides``: only the optimizer waits for the result; ``sliced``:
+    one group reads it (:func:`cost_model.partial_sums.only_readers`).
     """
     events = [
         Event(
@@ -69,14 +78,15 @@ def own_events(grouping, g, n, menu, pricing, stored, wide, hides) -> list[Event
             events.append(dataclasses.replace(first, seconds=extra, label="windowed"))
     sums = not hides and pricing.device.family == "tpu" and contracts(grouping, g)
     computed = events[0].seconds if sums else None
+    whole = reduced_whole(grouping, g, menu, pricing) > 0 if sliced else None
     for op, region, seconds, n_bytes in combine_events(
-        grouping, g, menu, pricing, windowed, computed
+        grouping, g, menu, pricing, windowed, computed, sliced
     ):
         events.append(
             Event(
                 kind=COLLECTIVE, op=op, region=region, node=n, source=-1, seconds=seconds,
                 n_bytes=n_bytes, rows=None, columns=None, hides=hides,
-                label="gradient" if hides else "partial sums",
+                label="gradient" if hides else "partial sums", waits=whole,
             )
         )  # fmt: skip
     return events
@@ -159,7 +169,23 @@ def reshards(grouping, node_of, choices, pricing, times):
             return ("v", *item.views[0].dims)
         return ("t", item.kind == HEAVY, *item.tensors[tensor])
 
+    def finish(source, view, j):
+        """What partial sums of ``source`` cost more where node j does not take slices of them."""
+        i = int(node_of[source])
+        t = graph.tensors[view.tensor]
+        reduced = reduced_whole(grouping, source, choices[i], pricing)
+        specs = _specs_of(grouping, source, view.tensor, choices[i])
+        p, rows = _unique(np.concatenate([specs, reduced[:, None]], 1))
+        q, columns = unique((j, "v", *view.dims), lambda: choices[j].specs(view.dims))
+        seconds, n_bytes = finish_s(p[:, :-1], p[:, -1], q, t.shape, t.n_bytes, pricing)
+        return Event(
+            kind=RESHARD, op=min(view.ops or (0,)), region=view.region, node=j, source=i,
+            seconds=seconds, n_bytes=n_bytes, rows=rows, columns=columns, hides=False,
+            label="partial sums",
+        )  # fmt: skip
+
     readers = readers_of(grouping)
+    alone = only_readers(grouping) if pricing.device.family == "tpu" else {}
     for g, item in enumerate(grouping.groups):
         j = int(node_of[g])
         for view in item.views:
@@ -181,6 +207,10 @@ def reshards(grouping, node_of, choices, pricing, times):
                     size = graph.tensors[view.tensor].n_bytes
                     copy = operand(event, size, pricing.shards(specs), max(ops) + 1)
                 yield event, i, times[view.region], copy
+            if source in alone:
+                event = finish(source, view, j)
+                if event.seconds.any():
+                    yield event, i, times[view.region], None
     last = len(graph.ops) - 1
     for a, b in graph.aliases:
         t_in, t_out = graph.inputs[a], graph.outputs[b]

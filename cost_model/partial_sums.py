@@ -2,9 +2,13 @@
 
 By all-reduce, or by reduce-scatter along a dimension of the result. XLA:TPU makes some
 reduce-scatters part of the contraction: one block after the other is multiplied and passed on.
+An all-reduce whose only reader takes a slice it makes a plain reduce-scatter: the group is charged
+the reduce-scatter, and what an all-reduce takes more is charged where the reader takes the whole.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,12 +16,98 @@ from cost_model.operators import contraction_s, local_contraction
 from cost_model.pricing import Pricing
 from graphs.choices import Choices
 from graphs.graph import Graph
-from graphs.groups import Grouping
+from graphs.groups import Grouping, View
 from graphs.rules import WHOLE
 
 _WINDOWED_OVERHEAD = 1.1
 """Slices, copies and sums of a windowed loop, in times of its contraction (compiled v5e:4x4 steps
 of a dense model that is in no suite: 22 against 11 ms)."""
+
+
+_LANES = 128
+"""Elements of a tile along the minor dimension, on all generations."""
+
+
+def becomes_scatter(pricing: Pricing) -> np.ndarray:
+    """[2^A] by the set of axes, whether XLA:TPU scatters an all-reduce that is only read in slices.
+
+    It does within a slice, but not over all devices of one that is a square of four by four or more,
+    or that has three dimensions (steps of one contraction compiled for v5e, v6e and v5p slices of
+    four to 256 devices, and for parts of them).
+    """
+    n_sets = 1 << len(pricing.axis_sizes)
+    found = np.zeros(n_sets, bool)
+    if pricing.device.family != "tpu":
+        return found
+    physical = pricing.layout.cluster.physical_axes
+    sides = [p.size for p in physical if p.kind == "ici" and p.size > 1]
+    square = len(sides) == 2 and sides[0] == sides[1] >= 4
+    everyone = pricing.layout.cluster.n_devices
+    for mask in range(1, n_sets):
+        axes = [a for a, n in enumerate(pricing.axis_sizes) if mask >> a & 1 and n > 1]
+        near = all(
+            physical[f.axis].kind == "ici" for a in axes for f in pricing.layout.placement[a]
+        )
+        whole = np.prod([pricing.axis_sizes[a] for a in axes]) == everyone
+        found[mask] = bool(axes) and near and not (whole and (square or len(sides) > 2))
+    return found
+
+
+def only_readers(grouping: Grouping) -> dict[int, tuple[int, View]]:
+    """Group with one sum of partial results -> (the one group that reads it, how), in one region."""
+    readers: dict[int, list[tuple[int, View]]] = {}
+    for g, item in enumerate(grouping.groups):
+        for view in item.views:
+            readers.setdefault(grouping.source_group(g, view), []).append((g, view))
+    outputs = {grouping.group_of[t] for t in grouping.graph.outputs}
+    found = {}
+    for g, read in readers.items():
+        summed = {(r.op, r.result) for r in grouping.groups[g].reductions}
+        if len(read) == 1 and len(summed) == 1 and g not in outputs:
+            op, _ = next(iter(summed))
+            if grouping.graph.ops[op].region == read[0][1].region:
+                found[g] = read[0]
+    return found
+
+
+def reduced_whole(grouping: Grouping, g: int, choices: Choices, pricing: Pricing) -> np.ndarray:
+    """[S] bit mask of the axes over which group g all-reduces; 0 where it scatters some."""
+    classes = [r.cls for r in grouping.groups[g].reductions]
+    on = np.isin(choices.place, classes)
+    whole = ~(on & (choices.scatter >= 0)).any(axis=1)
+    return np.where(whole, pricing.masks(on), 0)
+
+
+def finish_s(
+    p: np.ndarray,
+    reduced: np.ndarray,
+    q: np.ndarray,
+    shape: Sequence[int],
+    n_bytes: float,
+    pricing: Pricing,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(seconds [P, Q], bytes [kinds, P, Q]) of making a reduce-scatter an all-reduce after all.
+
+    Zero where the reader's specs q [Q, A] take the slices that devices hold after a reduce-scatter
+    over ``reduced`` [P] (bit masks) of a tensor with specs p [P, A].
+    """
+    payload = n_bytes / pricing.shards(p)
+    extra = pricing.collective_s(2, reduced, payload) - pricing.collective_s(1, reduced, payload)
+    deferred = becomes_scatter(pricing)[reduced]
+    cut = (p[:, None] < 0) & (q[None] >= 0)
+    sliced = pricing.masks(cut) == reduced[:, None]
+    top = np.where(cut, q[None], -1).max(-1)
+    sliced &= ~(cut & (q[None] != top[..., None])).any(-1)
+    sizes = np.array(pricing.axis_sizes, np.float64)
+    last = len(shape) - 1
+    width = shape[-1] / np.where(q == last, sizes, 1.0).prod(-1) if len(shape) else np.zeros(len(q))
+    sliced &= (top != last) | (width[None] % (2 * _LANES) != _LANES)  # an odd number of tiles
+    pays = deferred[:, None] & ~sliced
+    seconds = np.where(pays, np.maximum(extra, 0.0)[:, None], 0.0)
+    moved = np.zeros((5, *seconds.shape))
+    moved[2] = np.where(pays, payload[:, None], 0.0)
+    moved[1] = -moved[2]
+    return seconds, moved
 
 
 def windowed_s(grouping: Grouping, g: int, choices: Choices, pricing: Pricing) -> np.ndarray:
@@ -84,11 +174,13 @@ def combine_events(
     pricing: Pricing,
     windowed: bool = False,
     loop_s: np.ndarray | None = None,
+    sliced: bool = False,
 ) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
     """Combining partial results of group g: (op, region, seconds [S], bytes [kinds, S]).
 
     ``windowed`` says that XLA makes reduce-scatters part of the contraction's loop;
-    ``loop_s`` [S] is how long that loop computes, where its sums are passed on.
+    ``loop_s`` [S] is how long that loop computes, where its sums are passed on. ``sliced``: one
+    group reads the result, and :func:`finish_s` is charged to it.
     """
     graph: Graph = grouping.graph
     item = grouping.groups[g]
@@ -122,6 +214,13 @@ def combine_events(
             passed = passes_sums_on(grouping, g, choices) & (scatter_ways > 2)
             seconds = np.where(passed, np.maximum(seconds, around), seconds)
         if tensor.n_bytes > 8:  # scalars are combined together
-            seconds = seconds + pricing.collective_s(2, reduce_mask, n_bytes[2])
+            reduced = pricing.collective_s(2, reduce_mask, n_bytes[2])
+            if sliced:
+                deferred = becomes_scatter(pricing)[reduced_whole(grouping, g, choices, pricing)]
+                halved = pricing.collective_s(1, reduce_mask, n_bytes[2])
+                reduced = np.where(deferred, np.minimum(halved, reduced), reduced)
+                n_bytes[1] = np.where(deferred, n_bytes[2], n_bytes[1])
+                n_bytes[2] = np.where(deferred, 0.0, n_bytes[2])
+            seconds = seconds + reduced
         events.append((o, op.region, seconds, n_bytes))
     return events

@@ -140,6 +140,8 @@ def _modes(event, gpu: bool) -> np.ndarray:
     free = _EARLY if event.kind == RESHARD else _LATE
     if gpu:
         return np.full(event.seconds.shape, free, np.int8)
+    if event.waits is not None:
+        sync = sync + event.waits
     return np.where(sync > 0, _BLOCK, free).astype(np.int8)
 
 

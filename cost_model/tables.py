@@ -28,6 +28,7 @@ from cost_model.layout import MeshLayout
 from cost_model.live import usage_entries
 from cost_model.operands import Operand
 from cost_model.operators import materialised, widened
+from cost_model.partial_sums import only_readers
 from cost_model.pricing import Pricing
 from cost_model.problem import Problem
 from graphs.choices import Choices, choices_of
@@ -103,11 +104,12 @@ def build_tables(
         groups_of[n].append(g)
     times = grouping.graph.multiplicities()
     gradients = gradient_groups(grouping)
+    alone = only_readers(grouping) if pricing.device.family == "tpu" else {}
     choices, node_costs, node_hidden, events = [], [], [], []
     for n, g in enumerate(firsts):
         menu = choices_of(grouping.groups[g], layout.mesh.axis_sizes)
         menu = _keep_pins(grouping, g, menu, layout)
-        own = own_events(grouping, g, n, menu, pricing, stored, wide, g in gradients)
+        own = own_events(grouping, g, n, menu, pricing, stored, wide, g in gradients, g in alone)
         cost, hidden = np.zeros(len(menu)), np.zeros(len(menu))
         for e in own:
             if e.hides:
@@ -124,6 +126,7 @@ def build_tables(
                     e,
                     seconds=e.seconds[best],
                     n_bytes=None if e.n_bytes is None else e.n_bytes[:, best],
+                    waits=None if e.waits is None else e.waits[best],
                 )
                 for e in own
             ]

@@ -40,8 +40,8 @@ def compiled_section(folder: pathlib.Path, refit: bool) -> list[str]:
         "",
         f"{found['rows']} plans of {len(found['cases'])} cases compiled by XLA:TPU and timed by its "
         "schedule, predicted again by the present model from the assignments that were compiled. "
-        "`plans` are this planner's, every operand pinned; `rules` leave operands to XLA's "
-        "propagation, which the model does not follow. The shares of "
+        "`plans` are this planner's, every operand pinned, as in `pinned rules` (`RULE@pinned`); "
+        "`rules` leave operands to XLA's propagation, which the model does not follow. The shares of "
         "`cost_model/calibration/fused.csv` were set on the cases "
         f"{', '.join(FITTED)}; the other cases are held out.",
         "",

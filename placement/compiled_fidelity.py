@@ -4,7 +4,7 @@ Beside each row lies a record of its assignment: mesh, placement on the physical
 node of the problem chose, and the collectives that the compiled program emits. From it the step is
 predicted again without planning, so that a changed cost model is compared on the very plans that
 were compiled. Hand-tuned rules leave operands to XLA's propagation, so their programs are not quite
-the ones that are predicted; they are summed up apart.
+the ones that are predicted; they are summed up apart, as are rules with every operand pinned.
 
 Within a case: Spearman's rank correlation of predicted and compiled step times, and the regret, the
 time that the plan predicted fastest takes over the fastest compiled one. ``FITTED`` names the cases
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from graphs.errors import MeshwrightError
-from placement.suite_rows import PEER, is_plan, load_rows
+from placement.suite_rows import PEER, is_pinned, is_plan, load_rows
 
 FITTED = (
     "public_dense",
@@ -78,8 +78,13 @@ class Comparison:
 
     @property
     def planned(self) -> bool:
-        """Whether every operand was pinned, so that the program is the plan."""
+        """Whether it is one of this planner's plans, every operand pinned."""
         return is_plan(self.optimizer)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether every operand was pinned, so that the program is what is predicted."""
+        return is_pinned(self.optimizer)
 
     @property
     def error(self) -> float:
@@ -207,7 +212,7 @@ def _predict(record: Record, cluster: str, grouping: Any) -> tuple[Any, float]:
                 "the record makes a choice that the program no longer has; plan and compile again"
             )
         picks.append(int(np.flatnonzero(same)[0]))
-    found = estimate(Simulator.of(tables), np.array(picks), pinned=is_plan(record.optimizer))
+    found = estimate(Simulator.of(tables), np.array(picks), pinned=is_pinned(record.optimizer))
     return found, float(layout.cluster.device.hbm_available_bytes)
 
 
@@ -217,7 +222,8 @@ def summarize(compared: Sequence[Comparison]) -> dict[str, Any]:
     groups = {
         "all": timed,
         "plans": [c for c in timed if c.planned],
-        "rules": [c for c in timed if not c.planned],
+        "pinned rules": [c for c in timed if c.pinned and not c.planned],
+        "rules": [c for c in timed if not c.pinned],
         "fitted cases": [c for c in timed if c.case in FITTED],
         "held-out cases": [c for c in timed if c.case not in FITTED],
     }
@@ -274,7 +280,7 @@ def _collectives(rows: Iterable[Comparison]) -> dict[str, dict[str, float]]:
     """Totals by kind over the rows whose compiled program was at hand, in bytes."""
     totals: dict[str, dict[str, float]] = {}
     for row in rows:
-        group = totals.setdefault("plans" if row.planned else "rules", {})
+        group = totals.setdefault("plans" if row.planned else "pinned rules" if row.pinned else "rules", {})
         for side, by_kind in (
             ("predicted", row.predicted_collectives),
             ("compiled", row.compiled_collectives),

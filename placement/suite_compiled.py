@@ -6,7 +6,9 @@ XLA's compiler for that cluster compiles the plan, and :mod:`placement.schedule`
 * ``plan`` is the product: ``placement.optimize`` with its default optimizer.
 * The hand-tuned rules are written as experts write them: shardings of arguments and results and
   constraints on activations. What only a planner pins, the copy of a tensor that one operation
-  reads, is left to XLA's propagation (``baseline_constraints=all`` keeps it).
+  reads, is left to XLA's propagation. ``RULE@pinned`` pins that too, so that the program is the
+  one that the cost model scored; such rows stand against no plan, they are for
+  :mod:`placement.compiled_fidelity`.
 * ``autosharding`` is XLA's own auto-sharding in its own environment
   (``python -m placement.peers.setup_env``), given the same program without shardings.
 
@@ -35,10 +37,12 @@ from placement.compile_cache import write_atomically
 from placement.suite_rows import (
     BASELINES,
     PEER,
+    PINNED,
     PLAN,
     Row,
     as_csv,
     as_line,
+    is_pinned,
     is_plan,
     load_rows,
     print_table,
@@ -80,7 +84,6 @@ def evaluate(
     optimizer: str | None = None,
     time_limit_s: float = 10.0,
     timeout_s: float = 1800.0,
-    baseline_constraints: str = "activations",
     meshes: int = 0,
     results: str | None = None,
 ) -> int:
@@ -90,12 +93,12 @@ def evaluate(
       out: folder of rows and results.
       file: another file of cases.
       cases: names of cases, all where None.
-      optimizers: ``plan``, ``autosharding`` and names of rules; all of them where None.
+      optimizers: ``plan``, ``autosharding`` and names of rules, these also as ``RULE@pinned``; where
+        None all but the pinned ones.
       redo: optimizers whose rows are made again.
       optimizer: what ``plan`` uses, its default where None.
       time_limit_s: of planning.
       timeout_s: of one compile.
-      baseline_constraints: ``activations`` or ``all``, see the module docstring.
       meshes: other meshes of each case that are planned and compiled as well, every operand
         pinned, to compare the cost model with (`placement.compiled_fidelity`). Their rows are named
         ``plan@data=4,model=2`` and stand against no rule.
@@ -104,10 +107,6 @@ def evaluate(
     Returns:
       0 if every row is there, 1 if some case failed for a reason other than memory.
     """
-    if baseline_constraints not in ("activations", "all"):
-        raise MeshwrightError(
-            f"baseline_constraints={baseline_constraints!r} is unknown; use activations or all"
-        )
     every = load_cases(file)
     unknown = sorted(set(cases or ()) - set(every))
     if unknown:
@@ -134,7 +133,6 @@ def evaluate(
                     optimizer=optimizer,
                     time_limit_s=time_limit_s,
                     timeout_s=timeout_s,
-                    pinned=baseline_constraints == "all",
                     records=folder / "records",
                 ),
             )
@@ -163,7 +161,6 @@ def _prepare(
     optimizer: str | None,
     time_limit_s: float,
     timeout_s: float,
-    pinned: bool,
     records: pathlib.Path,
 ) -> Callable[[], Row]:
     """Plan; what is returned compiles and makes the row."""
@@ -179,7 +176,7 @@ def _prepare(
     except MeshwrightError as error:
         row = _row(name, case, which, status="error", message=str(error))
         return lambda: row
-    if not pinned and not is_plan(which):
+    if not is_pinned(which):
         plan = dataclasses.replace(plan, operands={})
     return lambda: _guarded(
         name,
@@ -221,10 +218,10 @@ def _plan(
     import placement
 
     step, args, donated = program
-    chosen: dict[str, Any] = {} if is_plan(which) else {"optimizer": which}
+    chosen: dict[str, Any] = {} if is_plan(which) else {"optimizer": which.removesuffix(PINNED)}
     if is_plan(which) and optimizer is not None:
         chosen["optimizer"] = optimizer
-    if "@" in which:
+    if is_plan(which) and "@" in which:
         sizes = (part.split("=") for part in which.partition("@")[2].split(","))
         chosen["mesh_shape"] = {axis: int(n) for axis, n in sizes}
     began = time.monotonic()

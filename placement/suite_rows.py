@@ -25,9 +25,18 @@ BASELINES = (
 )
 
 
+PINNED = "@pinned"
+"""Follows a rule's name where every operand is pinned as the cost model completes the rule."""
+
+
 def is_plan(optimizer: str) -> bool:
-    """Whether a row's program is the plan in every operand: the product's, or one on another mesh."""
+    """Whether a row is the product's plan, or its plan on another mesh."""
     return optimizer.partition("@")[0] == PLAN
+
+
+def is_pinned(optimizer: str) -> bool:
+    """Whether a row's program is what was scored, in every operand."""
+    return is_plan(optimizer) or optimizer.endswith(PINNED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -104,8 +104,6 @@ def test_means_are_geometric_over_the_cases_that_have_both():
 def test_bad_requests_are_one_sentence(pretend, tmp_path):
     with pytest.raises(MeshwrightError, match="no case 'nothing'; use one of public_dense"):
         suite.evaluate(out=str(tmp_path), cases=["nothing"])
-    with pytest.raises(MeshwrightError, match="activations or all"):
-        suite.evaluate(out=str(tmp_path), baseline_constraints="some")
     with pytest.raises(MeshwrightError, match="cannot be read"):
         suite.load_cases(str(tmp_path / "none.yaml"))
     (tmp_path / "list.yaml").write_text("[1, 2]")

@@ -9,7 +9,7 @@ activations what each part of a layer keeps for the backward pass, from its reco
             (arXiv:2401.10241, table 1); in lock step the inputs of chunks, until their backward
             pass a tick after the next stage's, and one chunk's layers
 working set one layer's recomputed activations, gathered weights, and the logits
-allocator   fragmentation and the runtime's own context
+allocator   fragmentation, which a full caching allocator gives back, and the runtime's own context
 """
 
 from __future__ import annotations
@@ -157,10 +157,13 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     slack = constants.of("allocator_share", family)
     slack = np.where(jobs.expandable_segments > 0, np.minimum(slack, _EXPANDABLE), slack)
     context = constants.of("context_bytes", family)
+    capacity = jobs.device.hbm_bytes
+    # a caching allocator that meets the end of the memory gives back what it has cached
+    flushed = np.where(jobs.caching_allocator > 0, np.maximum(peak + context, capacity), np.inf)
     return Memory(
-        peak_bytes=peak * slack + context,
+        peak_bytes=np.minimum(peak * slack + context, flushed),
         states_bytes=np.where(fullest_first, states(first, tables), states(last, head)),
         activations_bytes=np.where(fullest_first, act_first, act_last),
         working_bytes=working,
-        capacity_bytes=jobs.device.hbm_bytes,
+        capacity_bytes=capacity,
     )

@@ -4,6 +4,9 @@ It is what a stage does at a tick in the steady state, and the update of its wei
 tokens, run a chunk of layers forward and keep the input, compute the loss of its share of positions,
 run a chunk backward from a kept input, add up gradients. It holds what a stage holds: weights,
 optimizer state, kept inputs, sums of gradients. So the memory that the compiler says is the stage's.
+
+Where stages take turns at the layers before the first one, it is a tick in which they do. With zero
+bubble the tick does B alone and W of another microbatch, and holds what is kept between them.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from graphs.zoo.config import ModelConfig
 from graphs.zoo.options import RunOptions
-from graphs.zoo.train_step import abstract_model
+from graphs.zoo.train_step import abstract_batch, abstract_model
 from graphs.zoo.update_rules import update_rule
-from placement.pipeline.schedule import Schedule
+from placement.pipeline.schedule import ZERO_BUBBLE, Schedule
 from placement.pipeline.shardings import (
     DATA,
     EXPERT,
@@ -30,6 +33,7 @@ from placement.pipeline.shardings import (
     update_shardings,
     weight_spec,
 )
+from placement.pipeline.split_backward import split_backward
 from placement.pipeline.stages import pipelined_segment, stage_functions, uneven
 from placement.plan import Plan
 
@@ -90,9 +94,10 @@ class _Stage:
         }
         batch = program["global_batch"] // program["microbatches"]
         self.hidden = jax.ShapeDtypeStruct(
-            (batch, self.seq_len, config.d_model), jnp.dtype(run.compute_dtype)
+            (batch, self.seq_len, self.parts.width), jnp.dtype(run.compute_dtype)
         )
         stages = self.schedule.stages
+        self.inputs = tuple(k for k in abstract_batch(config, 1, 1) if k != "targets")
         self.share = self.seq_len // stages if self.seq_len % stages == 0 else self.seq_len
         """Positions of a sequence whose loss the stage computes."""
 
@@ -112,7 +117,7 @@ class _Stage:
             kept,
             x,
             x,
-            jax.ShapeDtypeStruct((batch, self.seq_len), jnp.int32),
+            {k: jax.ShapeDtypeStruct((batch, self.seq_len), jnp.int32) for k in self.inputs},
             jax.ShapeDtypeStruct((batch, self.share), jnp.int32),
             jax.ShapeDtypeStruct((4,), jnp.int32),
         )
@@ -140,7 +145,7 @@ class _Stage:
                 kept,
                 hidden,
                 hidden,
-                tokens,
+                {k: tokens for k in self.inputs},
                 tokens,
                 whole,
             ),
@@ -190,18 +195,18 @@ class _Stage:
         else:
             sums = jax.tree.map(lambda g: g[0], sums)
         outer = {k: v for k, v in params.items() if k != name}
+        shared = {k: outer[k] for k in parts.shared}
         chunk = jax.tree.map(lambda w: w[at[0]], self._by_chunk(params[name]))
         x = self._pin(jnp.where(at[2] == 0, parts.embed(outer, tokens), arrived))
         kept = kept.at[at[0], at[1]].set(x)
-        y = self._pin(parts.layers(chunk, self.mask, x))
+        y = self._pin(parts.layers(chunk, self.mask, x, shared))[..., : parts.d_model]
         some = y.reshape(*y.shape[:1], -1, self.seq_len // self.share, y.shape[-1])[:, :, 0]
         loss, (d_outer, d_hidden) = jax.value_and_grad(parts.loss, argnums=(0, 1))(
             outer, some, targets
         )
-        _, pull = jax.vjp(
-            lambda w, x: parts.layers(w, self.mask, x), chunk, self._pin(kept[at[0], at[3]])
+        d_chunk, d_shared, dx = self._backward(
+            chunk, shared, self._pin(kept[at[0], at[3]]), self._pin(cotangent), at
         )
-        d_chunk, dx = pull(self._pin(cotangent))
         summed = jax.tree.map(
             lambda total, by_chunk, d: by_chunk.at[at[0]].add(d).reshape(total.shape),
             sums[name],
@@ -212,10 +217,30 @@ class _Stage:
         (d_embed,) = pull(dx)
         rest = {k: v for k, v in sums.items() if k != name}
         rest = jax.tree.map(lambda a, b, c: a + b + c, rest, d_outer, d_embed)
+        for k, d in d_shared.items():
+            rest[k] = rest[k] + d
         found = {k: summed if k == name else rest[k] for k in sums}
         if DATA in self.mesh:
             found, loss = jax.lax.psum((found, loss), DATA)
         return found, kept, y, self._pin(dx), loss, d_hidden
+
+    def _backward(self, chunk, shared, x, dy, at):
+        """(gradients of a chunk's weights, of what layers share, of its input)."""
+        if self.schedule.kind != ZERO_BUBBLE or not self.schedule.put_off:
+            _, pull = jax.vjp(lambda *w: self.parts.layers(w[0], self.mask, w[2], w[1]), chunk,
+                              shared, x)  # fmt: skip
+            return pull(dy)
+        one = jax.tree.map(lambda w: w[0], chunk)
+        split = split_backward(self.parts.layer, one, shared, x)
+        dx, d_shared, small, crossing = split.inputs(chunk, shared, self.mask, x, dy)
+        places = self.schedule.put_off
+        held = jax.lax.optimization_barrier(
+            [jnp.zeros((places, *c.shape), c.dtype) for c in crossing]
+        )
+        held = [h.at[at[1] % places].set(c) for h, c in zip(held, crossing)]
+        found = split.weights(chunk, [h[at[3] % places] for h in held])
+        leaves = [{**small, **found}[i] for i in range(len(small) + len(found))]
+        return jax.tree.unflatten(jax.tree.structure(chunk), leaves), d_shared, dx
 
     def _by_chunk(self, stacked: Any) -> Any:
         """Leaves [chunks * slots, ...] as [chunks, slots, ...]."""

@@ -2,7 +2,7 @@
 
 It is what a stage does at a tick in the steady state, and the update of its weights once: embed
 tokens, run a chunk of layers forward and keep the input, compute the loss of its share of positions,
-run a chunk backward from a kept input, add up gradients. It holds what a stage holds: weights,
+run a chunk backward from kept inputs, add up gradients. It holds what a stage holds: weights,
 optimizer state, kept inputs, sums of gradients. So the memory that the compiler says is the stage's.
 
 Where stages take turns at the layers before the first one, it is a tick in which they do. With zero
@@ -24,6 +24,7 @@ from graphs.zoo.config import ModelConfig
 from graphs.zoo.options import RunOptions
 from graphs.zoo.train_step import abstract_batch, abstract_model
 from graphs.zoo.update_rules import update_rule
+from placement.pipeline.chunk_backward import split_backward, whole_backward
 from placement.pipeline.schedule import ZERO_BUBBLE, Schedule
 from placement.pipeline.shardings import (
     DATA,
@@ -33,7 +34,6 @@ from placement.pipeline.shardings import (
     update_shardings,
     weight_spec,
 )
-from placement.pipeline.split_backward import split_backward
 from placement.pipeline.stages import pipelined_segment, stage_functions, uneven
 from placement.plan import Plan
 
@@ -109,7 +109,8 @@ class _Stage:
             lambda w: jax.ShapeDtypeStruct((replicas, *w.shape), jnp.float32), self.params
         )
         batch, x = self.hidden.shape[0], self.hidden
-        kept = jax.ShapeDtypeStruct((self.layers.chunks, self.schedule.slots, *x.shape), x.dtype)
+        places = (self.layers.chunks, self.schedule.slots, self.layers.slots)
+        kept = jax.ShapeDtypeStruct((*places, *x.shape), x.dtype)
         return (
             self.params,
             jax.eval_shape(self.rule.init, self.params),
@@ -135,7 +136,8 @@ class _Stage:
             weights,
             is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
         )
-        kept, hidden = PartitionSpec(None, None, split, along), PartitionSpec(split, along)
+        hidden = PartitionSpec(split, along)
+        kept = PartitionSpec(None, None, None, *hidden)
         tokens, whole = PartitionSpec(split), PartitionSpec()
         return (
             (
@@ -175,7 +177,8 @@ class _Stage:
         """:meth:`tick`, on every replica of the data axis if there is one."""
         if DATA not in self.mesh:
             return self.tick
-        rows, stack, whole = PartitionSpec(DATA), PartitionSpec(None, None, DATA), PartitionSpec()
+        rows, whole = PartitionSpec(DATA), PartitionSpec()
+        stack = PartitionSpec(None, None, None, DATA)
         sums = None if self.sums_inside else rows
         return jax.shard_map(
             self.tick,
@@ -198,9 +201,11 @@ class _Stage:
         shared = {k: outer[k] for k in parts.shared}
         chunk = jax.tree.map(lambda w: w[at[0]], self._by_chunk(params[name]))
         x = self._pin(jnp.where(at[2] == 0, parts.embed(outer, tokens), arrived))
-        kept = kept.at[at[0], at[1]].set(x)
-        y = self._pin(parts.layers(chunk, self.mask, x, shared))[..., : parts.d_model]
+        y, entered = parts.layers(chunk, self.mask, x, shared)
+        kept = kept.at[at[0], at[1]].set(self._pin(entered))
+        y = self._pin(y)
         some = y.reshape(*y.shape[:1], -1, self.seq_len // self.share, y.shape[-1])[:, :, 0]
+        some = some[..., : parts.d_model]
         loss, (d_outer, d_hidden) = jax.value_and_grad(parts.loss, argnums=(0, 1))(
             outer, some, targets
         )
@@ -224,15 +229,13 @@ class _Stage:
             found, loss = jax.lax.psum((found, loss), DATA)
         return found, kept, y, self._pin(dx), loss, d_hidden
 
-    def _backward(self, chunk, shared, x, dy, at):
+    def _backward(self, chunk, shared, entered, dy, at):
         """(gradients of a chunk's weights, of what layers share, of its input)."""
         if self.schedule.kind != ZERO_BUBBLE or not self.schedule.put_off:
-            _, pull = jax.vjp(lambda *w: self.parts.layers(w[0], self.mask, w[2], w[1]), chunk,
-                              shared, x)  # fmt: skip
-            return pull(dy)
+            return whole_backward(self.parts.layer, chunk, shared, self.mask, entered, dy)
         one = jax.tree.map(lambda w: w[0], chunk)
-        split = split_backward(self.parts.layer, one, shared, x)
-        dx, d_shared, small, crossing = split.inputs(chunk, shared, self.mask, x, dy)
+        split = split_backward(self.parts.plain_layer, one, shared, dy)
+        dx, d_shared, small, crossing = split.inputs(chunk, shared, self.mask, entered, dy)
         places = self.schedule.put_off
         held = jax.lax.optimization_barrier(
             [jnp.zeros((places, *c.shape), c.dtype) for c in crossing]
@@ -251,4 +254,5 @@ class _Stage:
         if not len(self.activations):
             return x
         inside = jax.sharding.get_abstract_mesh() if DATA in self.mesh else self.abstract_mesh
-        return jax.lax.with_sharding_constraint(x, NamedSharding(inside, self.activations))
+        spec = PartitionSpec(*[None] * (x.ndim - 3), *self.activations)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(inside, spec))

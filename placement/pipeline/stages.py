@@ -24,11 +24,13 @@ from flax import nnx
 
 from graphs.errors import MeshwrightError
 from graphs.zoo.config import ModelConfig, Segment
-from graphs.zoo.decoder import Layer, Period
+from graphs.zoo.decoder import Layer as DecoderOnlyLayer
+from graphs.zoo.decoder import Period
 from graphs.zoo.encoder_decoder import DecoderLayer
 from graphs.zoo.loss import cross_entropy
 from graphs.zoo.options import RunOptions
 from graphs.zoo.train_step import abstract_model
+from placement.pipeline.chunk_backward import Layer
 
 
 def pipelined_segment(config: ModelConfig) -> Segment:
@@ -141,11 +143,10 @@ class StageFunctions:
     """
 
     segment: str
-    layers: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
-    """(weights of a chunk [slots, ...], mask [slots], x [B, S, W], shared) -> [B, S, W]."""
-    layer: Callable[[Any, Any, jax.Array, jax.Array], jax.Array]
-    """(weights of a slot, shared, x [B, S, W], whether it holds a layer) -> [B, S, W], without
-    rematerialisation."""
+    layer: Layer
+    """(weights of a slot, shared, x [B, S, W], whether it holds a layer) -> [B, S, W]."""
+    plain_layer: Layer
+    """The same without rematerialisation inside, which a period of several layers has."""
     embed: Callable[[Any, dict[str, jax.Array]], jax.Array]
     """(outer, tokens [B, S] by name) -> [B, S, W]: embedding, and layers before the repeated ones."""
     loss: Callable[[Any, jax.Array, jax.Array], jax.Array]
@@ -158,6 +159,18 @@ class StageFunctions:
     shared: tuple[str, ...] = ()
     """Names in outer of what every repeated layer reads."""
 
+    def layers(
+        self, weights: Any, mask: jax.Array, x: jax.Array, shared: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """(weights of a chunk [slots, ...], mask [slots], x [B, S, W]) -> ([B, S, W], what entered
+        each layer [slots, B, S, W])."""
+
+        def body(x, at):
+            own, valid = at
+            return self.layer(own, shared, x, valid), x
+
+        return jax.lax.scan(body, x, (weights, mask))
+
 
 def stage_functions(config: ModelConfig, options: RunOptions, seq_len: int) -> StageFunctions:
     """The parts of a model's loss, to be put together by stages."""
@@ -165,21 +178,6 @@ def stage_functions(config: ModelConfig, options: RunOptions, seq_len: int) -> S
     before = [s.name for s in config.segments()[:-1]]
     graphdef, abstract = abstract_model(config, options)
     absent = {main.name: abstract[main.name]}
-    # a period checkpoints its layers itself
-    remat = options.remat if len(main.kinds) == 1 else "none"
-    one_layer = slot = _layer(config, options, main, seq_len)
-    if remat == "full":
-        slot = jax.checkpoint(one_layer, prevent_cse=False)
-    elif remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        slot = jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
-
-    def layers(weights, mask, x, shared):
-        def body(x, at):
-            own, valid = at
-            return slot(own, shared, x, valid), None
-
-        return jax.lax.scan(body, x, (weights, mask))[0]
 
     def embed(outer, tokens):
         model = nnx.merge(graphdef, {**outer, **absent})
@@ -203,8 +201,8 @@ def stage_functions(config: ModelConfig, options: RunOptions, seq_len: int) -> S
 
     return StageFunctions(
         segment=main.name,
-        layers=layers,
-        layer=_layer(config, dataclasses.replace(options, remat="none"), main, seq_len),
+        layer=_layer(config, options, main, seq_len),
+        plain_layer=_layer(config, dataclasses.replace(options, remat="none"), main, seq_len),
         embed=embed,
         loss=loss,
         d_model=config.d_model,
@@ -214,15 +212,14 @@ def stage_functions(config: ModelConfig, options: RunOptions, seq_len: int) -> S
     )
 
 
-def _layer(config: ModelConfig, options: RunOptions, main: Segment, seq_len: int) -> Callable:
-    """(weights, shared, x [B, S, W], whether the slot holds a layer) -> [B, S, W]."""
+def _layer(config: ModelConfig, options: RunOptions, main: Segment, seq_len: int) -> Layer:
 
     def create() -> nnx.Module:
         rngs = nnx.Rngs(params=0)
         if config.encoder_layers:
             return DecoderLayer(config, options, rngs=rngs)
         if len(main.kinds) == 1:
-            return Layer(config, options, main.kinds[0], rngs=rngs)
+            return DecoderOnlyLayer(config, options, main.kinds[0], rngs=rngs)
         return Period(config, options, main.kinds, rngs=rngs)
 
     layer_def, _ = nnx.split(nnx.eval_shape(create))

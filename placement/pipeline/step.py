@@ -8,7 +8,7 @@ a stage is itself a sharded program. At every tick (`schedule`, `ticks`) a stage
 2. where a microbatch leaves the last stage, spreads its positions over all stages, each of which
    computes the loss of its share: the head is not one stage's burden (arXiv:2411.05288 spreads the
    vocabulary instead),
-3. runs one chunk backward from its kept input, which it computes again, and sends on; with zero
+3. runs one chunk backward, each layer again from its kept input, and sends on; with zero
    bubble the gradients of weights of some microbatches are left for the last ticks.
 
 Gradients are summed over microbatches in float32; the update is the unpipelined program's.

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from placement.pipeline.chunk_backward import split_backward, whole_backward
 from placement.pipeline.schedule import ZERO_BUBBLE, Phase, Schedule
 from placement.pipeline.shardings import STAGE
-from placement.pipeline.split_backward import split_backward
 
 
 class StageWorker:
@@ -44,7 +44,7 @@ class StageWorker:
         state = {
             "forward": self.pin(jnp.zeros(shape, dtype)),
             "backward": self.pin(jnp.zeros(shape, dtype)),
-            "kept": jnp.zeros((plan.chunks, plan.slots, *shape), dtype),
+            "kept": jnp.zeros((plan.chunks, plan.slots, self.mask.shape[-1], *shape), dtype),
             "loss_grads": jnp.zeros(share, dtype),
             "weights": zeros(self.weights),
             "outer": zeros(self.outer),
@@ -53,19 +53,22 @@ class StageWorker:
         if self.parts.takes_turns:
             state["entering"] = state["leaving"] = state["forward"]
         if plan.kind == ZERO_BUBBLE:
-            x = state["forward"]
-            one = jax.tree.map(lambda w: w[0, 0], self.weights)
-            self.split = split_backward(self.parts.layer, one, self.shared, x)
-            chunk = _chunk(self.weights, 0)
-            *_, crossing = jax.eval_shape(self.split.inputs, chunk, self.shared, self.mask[0], x, x)
+            x, chunk = state["forward"], _chunk(self.weights, 0)
+            one = jax.tree.map(lambda w: w[0], chunk)
+            self.split = split_backward(self.parts.plain_layer, one, self.shared, x)
+            *_, crossing = jax.eval_shape(
+                self.split.inputs, chunk, self.shared, self.mask[0], state["kept"][0, 0], x
+            )
             state["put_off"] = [jnp.zeros((plan.put_off, *c.shape), c.dtype) for c in crossing]
         return state
 
     def pin(self, x: jax.Array) -> jax.Array:
+        """[..., B, S, W] laid out as between layers."""
         if not len(self.spec):
             return x
         mesh = jax.sharding.get_abstract_mesh()
-        return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, self.spec))
+        spec = jax.sharding.PartitionSpec(*[None] * (x.ndim - 3), *self.spec)
+        return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
 
     def tick(self, phase: Phase, state: dict[str, Any], t: jax.Array):
         state = dict(state)
@@ -84,10 +87,11 @@ class StageWorker:
         valid, chunk, j = plan.forward(t, self.stage)
         state, embedded = self.embedded(state, t, j)
         x = self.pin(jnp.where(self.first & (chunk == 0), embedded, state["forward"]))
-        at = (chunk, j % plan.slots)
-        state["kept"] = _put(state["kept"], x, at, valid)
-        y = self.parts.layers(_chunk(self.weights, chunk), self.mask[chunk], x, self.shared)
-        y = self.pin(y)
+        y, entered = self.parts.layers(
+            _chunk(self.weights, chunk), self.mask[chunk], x, self.shared
+        )
+        y, at = self.pin(y), (chunk, j % plan.slots)
+        state["kept"] = _put(state["kept"], self.pin(entered), at, valid)
         state = self.losses(state, y[..., : self.parts.d_model], t)
         state["forward"] = self.send(y, +1)
         return state
@@ -135,13 +139,15 @@ class StageWorker:
 
     def backward(self, state: dict[str, Any], t: jax.Array) -> dict[str, Any]:
         """A chunk's whole backward pass."""
-        valid, chunk, x, dy = self.arrived(state, t)
-        mask = self.mask[chunk]
-        weights = _chunk(self.weights, chunk)
-        _, pull = jax.vjp(
-            lambda w, shared, x: self.parts.layers(w, mask, x, shared), weights, self.shared, x
+        valid, chunk, entered, dy = self.arrived(state, t)
+        d_weights, d_shared, dx = whole_backward(
+            self.parts.layer,
+            _chunk(self.weights, chunk),
+            self.shared,
+            self.mask[chunk],
+            entered,
+            dy,
         )
-        d_weights, d_shared, dx = pull(dy)
         state["weights"] = jax.tree.map(
             lambda total, d: total.at[chunk].add(jnp.where(valid, d, 0.0)),
             state["weights"],
@@ -151,10 +157,10 @@ class StageWorker:
 
     def backward_of_inputs(self, state: dict[str, Any], t: jax.Array) -> dict[str, Any]:
         """Only the gradient of a chunk's input; what the weights' gradients need is kept."""
-        valid, chunk, x, dy = self.arrived(state, t)
+        valid, chunk, entered, dy = self.arrived(state, t)
         weights = _chunk(self.weights, chunk)
         dx, d_shared, small, crossing = self.split.inputs(
-            weights, self.shared, self.mask[chunk], x, dy
+            weights, self.shared, self.mask[chunk], entered, dy
         )
         _, place = self.plan.weights_put_off(t, self.stage)
         place = jnp.clip(place, 0, self.plan.put_off - 1)
@@ -175,15 +181,15 @@ class StageWorker:
         return state
 
     def arrived(self, state: dict[str, Any], t: jax.Array):
-        """(valid, chunk, its kept input, the gradient of its output) of a backward chunk."""
+        """(valid, chunk, what entered its layers, the gradient of its output) of a backward chunk."""
         plan = self.plan
         valid, chunk, j = plan.backward(t, self.stage)
-        x = self.pin(state["kept"][chunk, j % plan.slots])
+        entered = self.pin(state["kept"][chunk, j % plan.slots])
         from_loss = self.whole(state["loss_grads"][_last_index(plan, t)])
-        beside = x.shape[-1] - from_loss.shape[-1]
+        beside = entered.shape[-1] - from_loss.shape[-1]
         from_loss = jnp.pad(from_loss, ((0, 0), (0, 0), (0, beside)))
         at_end = self.last & (chunk == plan.chunks - 1)
-        return valid, chunk, x, self.pin(jnp.where(at_end, from_loss, state["backward"]))
+        return valid, chunk, entered, self.pin(jnp.where(at_end, from_loss, state["backward"]))
 
     def passed_on(self, state, t: jax.Array, dx: jax.Array, d_shared: Any) -> dict[str, Any]:
         """The gradient of a chunk's input, sent or pulled back through the embedding."""

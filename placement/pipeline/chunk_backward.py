@@ -1,4 +1,7 @@
-"""The backward pass of layers in two parts: the gradient of the input, later those of the weights.
+"""Backward passes of a chunk of layers: whole, or the gradient of the input first.
+
+Each layer's input is kept, and a layer is run forward again before its gradient: full
+rematerialisation, one forward pass (without the last matmul) beside the two passes of the gradients.
 
 With B the part that the stage before waits for and W the rest (arXiv:2401.10241, section 2), the
 backward pass of one layer is traced to a jaxpr and its equations are divided:
@@ -10,9 +13,7 @@ B hands to W the values that cross: inputs and output gradients of the matmuls. 
 W recomputes nothing; W from the layer's input and output gradient alone would run the layer forward
 and B again, which costs more than the bubble that it fills. The price is memory: for a gated layer of
 width D, with H heads of width h, K of them keys and values, and feed-forward width F they are
-4 D + 2 H h + 2 K h + 3 F elements a token, about what a layer without rematerialisation keeps. B itself
-runs the chunk forward from its kept input for each layer's input, and each layer again before its
-gradient, as the undivided backward pass of rematerialised layers does.
+4 D + 2 H h + 2 K h + 3 F elements a token, about what a layer without rematerialisation keeps.
 """
 
 from __future__ import annotations
@@ -37,26 +38,39 @@ _HEAVY = (
 """Primitives worth putting off; a gradient without any of them is computed with B."""
 
 Layer = Callable[[Any, Any, jax.Array, jax.Array], jax.Array]
-"""(weights, shared, x [B, S, D], whether the slot holds a layer) -> [B, S, D]."""
+"""(weights, shared, x [B, S, W], whether the slot holds a layer) -> [B, S, W]."""
+
+
+def whole_backward(
+    layer: Layer, weights: Any, shared: Any, mask: jax.Array, entered: jax.Array, dy: jax.Array
+) -> tuple[Any, Any, jax.Array]:
+    """weights [slots, ...], mask [slots], what entered each layer [slots, B, S, W], dy [B, S, W] ->
+    (gradients [slots, ...] of weights, of shared, dx [B, S, W])."""
+
+    def backward(carry, at):
+        dy, d_shared = carry
+        own, valid, x = at
+        _, pull = jax.vjp(lambda own, shared, x: layer(own, shared, x, valid), own, shared, x)
+        d_own, more, dx = pull(dy)
+        return (dx, jax.tree.map(jnp.add, d_shared, more)), d_own
+
+    none = jax.tree.map(jnp.zeros_like, shared)
+    carry, d_weights = jax.lax.scan(backward, (dy, none), (weights, mask, entered), reverse=True)
+    return d_weights, carry[1], carry[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitBackward:
-    """Backward passes of a chunk of layers; gradients of weights by the position of their leaf."""
+    """B and W of a chunk; gradients of weights by the position of their leaf."""
 
-    layer: Layer
     inputs_of_layer: Callable[..., tuple[Any, Any, dict[int, jax.Array], list[jax.Array]]]
     weights_of_layer: Callable[[Any, list[jax.Array]], dict[int, jax.Array]]
 
     def inputs(
-        self, weights: Any, shared: Any, mask: jax.Array, x: jax.Array, dy: jax.Array
+        self, weights: Any, shared: Any, mask: jax.Array, entered: jax.Array, dy: jax.Array
     ) -> tuple[jax.Array, Any, dict[int, jax.Array], list[jax.Array]]:
-        """B of a chunk: weights [slots, ...], x and dy [B, S, D] -> (dx, gradients of shared, small
-        gradients [slots, ...], what :meth:`weights` needs [slots, ...])."""
-
-        def forward(x, at):
-            own, valid = at
-            return self.layer(own, shared, x, valid), x
+        """B, arguments as of `whole_backward` -> (dx, gradients of shared, small gradients
+        [slots, ...], what :meth:`weights` needs [slots, ...])."""
 
         def backward(carry, at):
             dy, d_shared = carry
@@ -64,7 +78,6 @@ class SplitBackward:
             dx, more, small, crossing = self.inputs_of_layer(own, shared, x, valid, dy)
             return (dx, jax.tree.map(jnp.add, d_shared, more)), (small, crossing)
 
-        _, entered = jax.lax.scan(forward, x, (weights, mask))
         none = jax.tree.map(jnp.zeros_like, shared)
         (dx, d_shared), (small, crossing) = jax.lax.scan(
             backward, (dy, none), (weights, mask, entered), reverse=True
@@ -72,7 +85,7 @@ class SplitBackward:
         return dx, d_shared, small, crossing
 
     def weights(self, weights: Any, crossing: list[jax.Array]) -> dict[int, jax.Array]:
-        """W of a chunk: the gradients [slots, ...] that B put off."""
+        """W: the gradients [slots, ...] that B put off."""
 
         def one(_, at):
             return None, self.weights_of_layer(*at)
@@ -120,9 +133,7 @@ def split_backward(layer: Layer, weights: Any, shared: Any, x: Any) -> SplitBack
     def weights_of_layer(weights, crossing):
         return dict(zip(put_off, run_second(*jax.tree.leaves(weights), *crossing)))
 
-    return SplitBackward(
-        layer=layer, inputs_of_layer=inputs_of_layer, weights_of_layer=weights_of_layer
-    )
+    return SplitBackward(inputs_of_layer=inputs_of_layer, weights_of_layer=weights_of_layer)
 
 
 def _inlined(traced: core.ClosedJaxpr) -> core.ClosedJaxpr:

@@ -151,8 +151,7 @@ def layers_of(n_layers: int, degrees: dict[str, float]) -> tuple[int, ...] | Non
     virtual = int(degrees["pp"] * degrees["vpp"])
     if n_layers >= virtual:
         return None
-    # none beside the embedding and none beside the head (`cost_model.jobs.counts`)
-    return (0, *[1] * (virtual - 2), 0)
+    return (*[1] * n_layers, *[0] * (virtual - n_layers))
 
 
 _AXES = ("pp", "dp", "ep", "cp", "tp")

@@ -139,25 +139,33 @@ def split_backward(layer: Layer, weights: Any, shared: Any, x: Any) -> SplitBack
 def _inlined(traced: core.ClosedJaxpr) -> core.ClosedJaxpr:
     """The same function without calls, so that a call is no reason to compute all of it at once."""
 
-    def run(jaxpr, consts, args):
-        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
+    def run(*args):
+        jaxpr = traced.jaxpr
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*traced.consts, *args]))
+        _evaluate(jaxpr.eqns, values)
+        return [_read(values, v) for v in jaxpr.outvars]
 
-        def read(atom):
-            return atom.val if isinstance(atom, core.Literal) else values[atom]
+    return jax.make_jaxpr(run)(*traced.in_avals)
 
-        for eqn in jaxpr.eqns:
-            called = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            operands = [read(v) for v in eqn.invars]
-            if eqn.primitive.name in _INLINED and called is not None:
-                found = run(called.jaxpr, called.consts, operands)
-            else:
-                params = eqn.primitive.get_bind_params(eqn.params)
-                found = eqn.primitive.bind(*operands, **params)
-                found = found if eqn.primitive.multiple_results else [found]
-            values.update(zip(eqn.outvars, found))
-        return [read(v) for v in jaxpr.outvars]
 
-    return jax.make_jaxpr(lambda *args: run(traced.jaxpr, traced.consts, args))(*traced.in_avals)
+def _evaluate(eqns: Iterable[core.JaxprEqn], values: dict[core.Var, Any]) -> None:
+    """Compute equations in order, calls by what they call, and add their results to `values`."""
+    for eqn in eqns:
+        operands = [_read(values, v) for v in eqn.invars]
+        called = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        if eqn.primitive.name in _INLINED and called is not None:
+            jaxpr = called.jaxpr
+            inner = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*called.consts, *operands]))
+            _evaluate(jaxpr.eqns, inner)
+            found = [_read(inner, v) for v in jaxpr.outvars]
+        else:
+            found = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+            found = found if eqn.primitive.multiple_results else [found]
+        values.update(zip(eqn.outvars, found))
+
+
+def _read(values: dict[core.Var, Any], atom: Any) -> Any:
+    return atom.val if isinstance(atom, core.Literal) else values[atom]
 
 
 def _needed(eqns: Sequence[core.JaxprEqn], outs: Iterable[Any]) -> set[int]:
@@ -197,5 +205,9 @@ def _function(
     outvars: Sequence[Any],
     eqns: Sequence[int],
 ) -> Callable[..., list[jax.Array]]:
-    part = core.Jaxpr(jaxpr.constvars, invars, outvars, [jaxpr.eqns[i] for i in eqns])
-    return core.jaxpr_as_fun(core.ClosedJaxpr(part, consts))
+    def run(*args):
+        values = dict(zip([*jaxpr.constvars, *invars], [*consts, *args]))
+        _evaluate((jaxpr.eqns[i] for i in eqns), values)
+        return [_read(values, v) for v in outvars]
+
+    return run

@@ -266,7 +266,7 @@ def _last_index(plan: Schedule, t: jax.Array) -> jax.Array:
     return j % plan.loss_slots
 
 
-def _chunk(tree: Any, chunk: jax.Array) -> Any:
+def _chunk(tree: Any, chunk: Any) -> Any:
     return jax.tree.map(lambda w: w[0] if w.shape[0] == 1 else w[chunk], tree)
 
 

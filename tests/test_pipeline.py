@@ -378,7 +378,7 @@ def test_pipelined_steps_equal_the_unsharded_step(group):
         [sys.executable, "-c", RUN, json.dumps(EXECUTED[group])],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         check=False,
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
     )

@@ -285,12 +285,14 @@ def test_a_stage_has_its_share_of_the_cluster_and_lowers_for_it(cluster, mesh, s
     assert f"num_partitions = {stage_on} " in text
 
 
-def test_a_stage_compiles_for_its_sub_topology():
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble_h1"])
+def test_a_stage_compiles_for_its_sub_topology(schedule):
     pytest.importorskip("libtpu")
     mesh = {"stage": 2, "data": 2, "model": 2}
     plan = pipelined_plan(
-        TINY, cluster="v5e:2x4", mesh_shape=mesh, global_batch=32, seq_len=64, microbatches=4
-    )
+        TINY, cluster="v5e:2x4", mesh_shape=mesh, global_batch=32, seq_len=64, microbatches=4,
+        schedule=schedule,
+    )  # fmt: skip
     found = compile_stage(plan, TINY)
     assert found.cluster == "v5e:2x2" and found.status == "ok", found.message
     assert found.fits and 0 < found.held_bytes < found.peak_bytes < found.capacity_bytes

@@ -39,6 +39,20 @@ PIPELINED = {
     "stages_2_uneven": (
         "dense", {"stage": 2, "data": 4}, {"microbatches": 2, "layers": (3, 1)}),
     "stages_2_tensor": ("dense", {"stage": 2, "data": 2, "model": 2}, {"microbatches": 4}),
+    "stages_2_zero_bubble": (
+        "dense", {"stage": 2, "data": 4}, {"microbatches": 4, "schedule": "zero_bubble_h1"}),
+    "stages_4_zero_bubble": (
+        "dense", {"stage": 4, "data": 2}, {"microbatches": 8, "schedule": "zero_bubble_h1"}),
+    "stages_2_zero_bubble_tensor": (
+        "dense", {"stage": 2, "data": 2, "model": 2},
+        {"microbatches": 4, "schedule": "zero_bubble_h1"}),
+    "stages_2_leading_dense": (
+        "leading", {"stage": 2, "expert": 2, "model": 2}, {"microbatches": 4}),
+    "stages_4_leading_dense": ("leading", {"stage": 4, "data": 2}, {"microbatches": 8}),
+    "stages_2_encoder_decoder_tensor": (
+        "encoder_decoder", {"stage": 2, "data": 2, "model": 2}, {"microbatches": 4}),
+    "stages_4_encoder_decoder": (
+        "encoder_decoder", {"stage": 4, "data": 2}, {"microbatches": 8}),
     "context": ("dense", {"stage": 1, "data": 2, "context": 4}, {"microbatches": 1}),
     "stages_2_context": ("dense", {"stage": 2, "data": 2, "context": 2}, {"microbatches": 4}),
     "stages_2_expert": ("sparse", {"stage": 2, "expert": 2, "model": 2}, {"microbatches": 4}),
@@ -62,8 +76,12 @@ def model(kind: str):
     from graphs.zoo import load_model_config
 
     config = dataclasses.replace(load_model_config("tiny"), n_layers=4)
-    if kind == "sparse":
+    if kind in ("sparse", "leading"):
         config = dataclasses.replace(config, n_experts=4, experts_per_token=2, moe_d_ff=64)
+    if kind == "leading":
+        config = dataclasses.replace(config, n_layers=5, first_dense_layers=1)
+    if kind == "encoder_decoder":
+        config = dataclasses.replace(config, encoder_layers=4, position="relative")
     return config
 
 

@@ -50,6 +50,9 @@ class Jobs:
     qk_rope_dim: np.ndarray
     window: np.ndarray
     window_share: np.ndarray
+    encoder_share: np.ndarray
+    """share of the layers that are an encoder's: they see the whole sequence, and the others attend to
+    their output as well; 0 for a decoder alone."""
     # batch
     seq_len: np.ndarray
     global_batch: np.ndarray
@@ -78,7 +81,10 @@ class Jobs:
     """layers of the last stage, beside the head; -1 as above, 0: the head is alone."""
     lockstep: np.ndarray
     """1: stages run one SPMD program in lock step (`placement.pipeline`): every stage holds embedding
-    and head and computes its share of the loss; it keeps inputs of its chunks and no more."""
+    and head and computes its share of the loss; it keeps what entered each layer and no more."""
+    entry_layers: np.ndarray
+    """of n_layers those before the first stage, which stages of such a program compute in turn, each
+    whole microbatches; every stage holds their weights."""
     cp: np.ndarray
     ep: np.ndarray
     n_slices: np.ndarray
@@ -192,6 +198,7 @@ def model_columns(shape: ModelShape) -> dict[str, float]:
         "qk_rope_dim": shape.qk_rope_dim,
         "window": shape.window,
         "window_share": shape.window_share,
+        "encoder_share": shape.encoder_layers / shape.n_layers,
     }
 
 

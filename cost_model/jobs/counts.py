@@ -1,6 +1,7 @@
 """Parameters of J models, by part: whole numbers before any device or second.
 
-attention  D (H h + K (h + v)) + H v D           (latent: the two low-rank products)
+attention  D (H h + K (h + v)) + H v D           (latent: the two low-rank products); twice in the
+           decoder's layers of an encoder-decoder
 MLP        (n_up + 1) D F
 experts    E (n_up + 1) D Fm + shared + D E router
 embedding  V D, and V D for the head where it is not tied
@@ -62,6 +63,7 @@ def parameters(jobs: Jobs) -> Parameters:
         + jobs.kv_lora_rank * heads * (nope + jobs.v_head_dim)
     )
     attention = np.where(jobs.kv_lora_rank > 0, low_rank, plain) + heads * jobs.v_head_dim * d
+    attention = attention * (1 + cross_share(jobs))
     expert = (jobs.n_up + 1) * d * jobs.moe_d_ff
     return Parameters(
         attention=attention,
@@ -71,6 +73,21 @@ def parameters(jobs: Jobs) -> Parameters:
         embedding=jobs.vocab * d,
         head=jobs.vocab * d,
     )
+
+
+def cross_share(jobs: Jobs) -> np.ndarray:
+    """[J] share of the layers that attend to an encoder's output too."""
+    return np.where(jobs.encoder_share > 0, 1 - jobs.encoder_share, 0.0)
+
+
+def entry_layer(jobs: Jobs, params: Parameters) -> np.ndarray:
+    """[J] parameters of a layer before the first stage: dense, with attention to itself alone."""
+    return params.attention / (1 + cross_share(jobs)) + params.dense_mlp
+
+
+def staged_layers(jobs: Jobs) -> np.ndarray:
+    """[J] layers that stages divide."""
+    return jobs.n_layers - jobs.entry_layers
 
 
 def microbatches(jobs: Jobs) -> np.ndarray:
@@ -99,24 +116,18 @@ def layers_per_stage(jobs: Jobs) -> StageLayers:
     the last stage have one layer fewer (Llama 3, arXiv:2407.21783, section 3.3.2; BLOOM). A job may
     state the layers of its first and last stage instead; the rest is divided over the others.
     """
-    pp = np.maximum(jobs.pp, 1.0)
-    even = np.mod(jobs.n_layers, pp) == 0
-    balanced = np.mod(jobs.n_layers + 2, pp) == 0
+    pp, layers = np.maximum(jobs.pp, 1.0), staged_layers(jobs)
+    even = np.mod(layers, pp) == 0
+    balanced = np.mod(layers + 2, pp) == 0
     middle = np.where(
-        even,
-        jobs.n_layers / pp,
-        np.where(balanced, (jobs.n_layers + 2) / pp, np.ceil(jobs.n_layers / pp)),
+        even, layers / pp, np.where(balanced, (layers + 2) / pp, np.ceil(layers / pp))
     )
-    last = np.where(
-        even,
-        jobs.n_layers / pp,
-        np.where(balanced, middle - 1, jobs.n_layers - (pp - 1) * middle),
-    )
+    last = np.where(even, layers / pp, np.where(balanced, middle - 1, layers - (pp - 1) * middle))
     # an uneven remainder is taken from the last stages one by one
-    last = np.maximum(last, np.floor(jobs.n_layers / pp) * ~balanced)
+    last = np.maximum(last, np.floor(layers / pp) * ~balanced)
     first = np.where(balanced & ~even, np.maximum(middle - 1, 1.0), middle)
     stated = jobs.first_layers >= 0
-    rest = jobs.n_layers - jobs.first_layers - jobs.last_layers
+    rest = layers - jobs.first_layers - jobs.last_layers
     inner = np.where(pp > 2, rest / np.maximum(pp - 2, 1.0), jobs.first_layers)
     return StageLayers(
         first=np.where(stated, jobs.first_layers, first),

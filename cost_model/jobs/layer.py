@@ -16,6 +16,7 @@ import numpy as np
 
 from cost_model.jobs.columns import Jobs
 from cost_model.jobs.constants import Constants
+from cost_model.jobs.counts import cross_share
 from cost_model.jobs.matmul import linear_s, matmul_s
 
 SCORE_BYTES_FORWARD = 13.0
@@ -125,7 +126,7 @@ def projections(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
     out = _linear(t, d, jobs.n_heads * jobs.v_head_dim / tp, how, jobs.remat_out)
     latent = jobs.kv_lora_rank > 0
     if not latent.any():
-        return plain + out
+        return (plain + out) * (1 + cross_share(jobs))
     q_rank = np.maximum(jobs.q_lora_rank, 1.0)
     kv_rank = np.maximum(jobs.kv_lora_rank, 1.0)
     nope = jobs.head_dim - jobs.qk_rope_dim
@@ -135,7 +136,7 @@ def projections(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
         + _linear(t, kv_rank + jobs.qk_rope_dim, d, how, jobs.remat_qkv)
         + _linear(t, jobs.n_heads * (nope + jobs.v_head_dim) / tp, kv_rank, how, jobs.remat_qkv)
     )
-    return _choose(latent, low_rank, plain) + out
+    return (_choose(latent, low_rank, plain) + out) * (1 + cross_share(jobs))
 
 
 def core(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
@@ -146,6 +147,8 @@ def core(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
     window = np.where(jobs.window > 0, np.minimum(jobs.window + block, s), s)
     seen_window = window - window * window / (2 * s)
     seen = jobs.window_share * seen_window + (1 - jobs.window_share) * s / 2
+    # half the sequence in a causal layer, all of it in an encoder's and in attention to its output
+    seen = seen * (1 + jobs.encoder_share + 2 * cross_share(jobs))
     width = jobs.head_dim + jobs.v_head_dim
     flops = 2.0 * tokens(jobs) * seen * heads * width
     share = constants.of("attention_share", jobs.device.family) * jobs.attention_speed

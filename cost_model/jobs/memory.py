@@ -6,8 +6,9 @@ activations what each part of a layer keeps for the backward pass, from its reco
             times the microbatches in flight: pp on the first stage, 1 on the last, and
             (pp - 1)/vpp more with interleaving (arXiv:2205.05198, section 4.2 and appendix); all
             m with GPipe (arXiv:1811.06965), pp with zero bubble H1 and 2 pp - 1 with H2
-            (arXiv:2401.10241, table 1); in lock step the inputs of chunks, until their backward
-            pass a tick after the next stage's, and one chunk's layers
+            (arXiv:2401.10241, table 1); in lock step what entered each layer, until the chunk's
+            backward pass a tick after the next stage's, and with zero bubble the inputs and output
+            gradients of pp - 1 microbatches' matmuls (`placement.pipeline.chunk_backward`)
 working set one layer's recomputed activations, gathered weights, and the logits
 allocator   fragmentation, which a full caching allocator gives back, and the runtime's own context
 """
@@ -26,7 +27,9 @@ _FUSED_LOSS = 4.0
 """bytes alive per logit: bf16, and a copy while it is read."""
 _EXPANDABLE = 1.01
 """peak over the live bytes where nothing fragments, as for buffers packed ahead of time."""
-GPIPE, ZERO_BUBBLE_H2 = SCHEDULES.index("gpipe"), SCHEDULES.index("zero_bubble_h2")
+GPIPE, ZERO_BUBBLE_H1, ZERO_BUBBLE_H2 = (
+    SCHEDULES.index(name) for name in ("gpipe", "zero_bubble_h1", "zero_bubble_h2")
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,14 +84,33 @@ def kept_bytes(jobs: Jobs) -> tuple[np.ndarray, np.ndarray]:
     return 2.0 * t * kept, 2.0 * t * full
 
 
+def put_off_bytes(jobs: Jobs) -> np.ndarray:
+    """[J] bytes that the gradients of a mean layer's weights need of one microbatch: inputs and output
+    gradients of its matmuls."""
+    whole, moe = np.where(jobs.sp > 0, jobs.tp, 1.0), jobs.n_moe_layers / jobs.n_layers
+    keys = np.maximum(jobs.n_kv_heads, jobs.tp)
+    heads = jobs.n_heads * (jobs.head_dim + jobs.v_head_dim)
+    attention = (heads + keys * (jobs.head_dim + jobs.v_head_dim)) / jobs.tp
+    routed = jobs.experts_per_token
+    width = (1 - moe) * jobs.d_ff + moe * (routed + jobs.shared_experts) * jobs.moe_d_ff
+    mlp = (jobs.n_up + 1) * width / jobs.tp
+    dispatched = moe * routed * 2 * jobs.d_model / jobs.tp
+    cross = 1 + counts.cross_share(jobs)
+    kept = 2 * jobs.d_model / whole * (1 + cross) + attention * cross + mlp + dispatched
+    return 2.0 * layer.tokens(jobs) * kept
+
+
 def memory(jobs: Jobs, constants: Constants) -> Memory:
     """Predict the peak of J jobs."""
     params = counts.parameters(jobs)
     family = jobs.device.family
     gathered = (jobs.zero_stage >= 2) & (jobs.fsdp > 1)
-    dense = params.dense_layer_mean(jobs) / jobs.tp
-    experts = params.expert_layer_mean(jobs) / counts.expert_ways(jobs)
-    table = params.embedding / jobs.tp
+    entry = jobs.entry_layers * counts.entry_layer(jobs, params) / jobs.tp
+    repeated = jobs.n_layers / counts.staged_layers(jobs)
+    dense = params.dense_layer_mean(jobs) / jobs.tp * repeated
+    dense = dense - entry / counts.staged_layers(jobs)
+    experts = params.expert_layer_mean(jobs) / counts.expert_ways(jobs) * repeated
+    table = params.embedding / jobs.tp + entry  # held by every stage
     head = params.head * (1 - jobs.tied) / jobs.tp
     head = np.where((jobs.tied > 0) & (jobs.pp > 1), params.head / jobs.tp, head)
     stages = counts.layers_per_stage(jobs)
@@ -128,11 +150,16 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     act_last = act_last * np.where(gpipe & ~alone, m, 1.0)
     lockstep = (jobs.lockstep > 0) & ~alone
     inputs = np.where(jobs.vpp > 1, 3 * jobs.pp * jobs.vpp, 2 * jobs.pp - 1)
-    kept_inputs = kept * (np.minimum(inputs, m * jobs.vpp) + middle / jobs.vpp)
+    beside = 1.0 + (jobs.encoder_share > 0)  # the encoder's output
+    kept_inputs = kept * beside * np.minimum(inputs, m * jobs.vpp) * middle / jobs.vpp
+    kept_inputs = kept_inputs + kept * jobs.entry_layers
+    zero_bubble = jobs.schedule == ZERO_BUBBLE_H1
+    waiting = np.where(zero_bubble, np.minimum(jobs.pp - 1, m), 0.0)
+    kept_inputs = kept_inputs + waiting * middle * put_off_bytes(jobs)
     act_first, act_last = (np.where(lockstep, kept_inputs, a) for a in (act_first, act_last))
     everywhere = alone | lockstep
     # fp32 gradients of the tables by one microbatch, from the loss and from the lookup
-    working = working + np.where(lockstep, 2 * 4.0 * (table + head), 0.0)
+    working = working + np.where(lockstep, 2 * 4.0 * (table + head) - 4.0 * entry, 0.0)
     logits = np.where(lockstep, logits / jobs.pp, logits)
     table_gathered = np.where(gathered, 2.0 * (table + head), 0.0)
     tables = table + np.where(everywhere, head, 0.0)

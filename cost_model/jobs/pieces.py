@@ -105,13 +105,15 @@ def pieces(jobs: Jobs, constants: Constants) -> Pieces:
     activation = t * jobs.d_model * 2.0
     redone_pairs = np.minimum(jobs.remat_out + jobs.remat_down * (1 - moe_share), 2.0)
     # experts that are not split over the tensor ranks reduce nothing over them
-    pairs = 2.0 * (2.0 - moe_share * (jobs.expert_tp == 0)) + redone_pairs
+    cross = counts.cross_share(jobs)
+    pairs = 2.0 * (2.0 + cross - moe_share * (jobs.expert_tp == 0))
+    pairs = pairs + redone_pairs + cross * jobs.remat_out
     hidden = np.where(jobs.tp_overlap > 0, c("tp_exposed"), 1.0)
     tensor = network.reduce_s(activation, groups["tp"], net) * pairs * hidden
     expert = network.exchange_s(activation / jobs.tp, jobs.experts_per_token, groups["ep"], net)
     expert = expert * 4.0 * moe_share
     key_bytes = 2.0 * t * jobs.cp * np.maximum(jobs.n_kv_heads / jobs.tp, 1.0)
-    key_bytes = key_bytes * (jobs.head_dim + jobs.v_head_dim)
+    key_bytes = key_bytes * (jobs.head_dim + jobs.v_head_dim) * (1 + cross)
     key_time = network.gather_s(key_bytes, groups["cp"], net)
     context = _beside(attention_core.forward, key_time, c("overlap_residue"))
     context = context + _beside(attention_core.backward, 2 * key_time, c("overlap_residue"))
@@ -152,6 +154,8 @@ def pieces(jobs: Jobs, constants: Constants) -> Pieces:
 
     # gradients of replicated weights, once a step
     stage_dense = (jobs.n_layers / jobs.pp) * dense_layer + table / jobs.tp / np.minimum(jobs.pp, 2)
+    entry = jobs.entry_layers * counts.entry_layer(jobs, params) / jobs.tp
+    stage_dense = stage_dense + entry * (1 - 1 / jobs.pp)  # whole on every stage
     stage_expert = (jobs.n_layers / jobs.pp) * expert_layer
     replicated = ~gathered
     back = np.where(jobs.zero_stage >= 1, 2.0, jobs.grad_bytes)

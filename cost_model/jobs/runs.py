@@ -349,6 +349,8 @@ def _record(
         "first_layers": -1.0,
         "last_layers": -1.0,
         "lockstep": 0.0,
+        "entry_layers": 0.0,
+        "encoder_share": 0.0,
         "cp": cp,
         "ep": (given["ep"] or 1.0) if model["n_experts"] else 1.0,
         "n_slices": n_slices,

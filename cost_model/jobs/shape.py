@@ -57,7 +57,7 @@ _ALIASES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """One decoder-only transformer; widths are elements."""
+    """One transformer; widths are elements."""
 
     name: str
     n_layers: int
@@ -93,6 +93,8 @@ class ModelShape:
     """sliding-window length, 0 for none."""
     window_share: float = 0.0
     """share of the layers that use the window."""
+    encoder_layers: int = 0
+    """of n_layers the encoder's, in an encoder-decoder; the others attend to its output too."""
     seq_len_default: int = 2048
 
 

@@ -9,7 +9,10 @@ last (`pieces`). The bubble is (pp - 1)/vpp microbatches for 1F1B and the interl
 (arXiv:2104.04473, section 2.2), the same for GPipe (arXiv:1811.06965). Zero-bubble schedules
 compute the gradients of weights, W of a mean stage, apart from the backward pass and fill the bubble
 with them: k is 2 for H1 and 3 for H2 (arXiv:2401.10241, table 1: (p - 1)(F + B - W) and
-(p - 1)(F + B - 2W), where their B does not hold W).
+(p - 1)(F + B - 2W), where their B does not hold W). In lock step a stage's F and B cannot move for W,
+so that k is 1 (`placement.pipeline.schedule`). There the loss and the layers before the first stage
+are spread over all stages, the latter in whole microbatches, whose activations travel beside the
+others'; in an encoder-decoder the encoder's output is sent along.
 """
 
 from __future__ import annotations
@@ -69,27 +72,34 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
     m = counts.microbatches(jobs)
     stages = counts.layers_per_stage(jobs)
     head_time = piece.head.total + piece.head_sharded
-    # in lock step every stage computes its share of the loss
-    spread_head = np.where(jobs.lockstep > 0, head_time / jobs.pp, 0.0)
-    stage_middle = stages.middle * piece.layer + spread_head
-    stage_last = stages.last * piece.layer + np.where(jobs.lockstep > 0, spread_head, head_time)
+    # in lock step every stage computes its share of the loss, and layers before the first in turn
+    lockstep = jobs.lockstep > 0
+    turns = np.ceil(m / jobs.pp) / m * jobs.entry_layers * piece.layer
+    spread = np.where(lockstep, head_time / jobs.pp + turns, 0.0)
+    stage_middle = stages.middle * piece.layer + spread
+    stage_last = stages.last * piece.layer + np.where(lockstep, spread, head_time)
     longest = np.where(jobs.pp > 1, np.maximum(stage_middle, stage_last), stage_last)
-    mean = (jobs.n_layers * piece.layer + head_time) / jobs.pp
-    weights = (jobs.n_layers * piece.weight_gradient + 0.5 * piece.head.backward) / jobs.pp
-    p2p = 2.0 * piece.hop * jobs.vpp * piece.hop_exposed
-    bubble = np.maximum(mean - _FILLED[jobs.schedule.astype(int)] * weights, 0.0)
-    fill = (jobs.pp - 1) * (bubble / jobs.vpp + 2.0 * piece.hop)
+    layers = counts.staged_layers(jobs)
+    mean = (layers * piece.layer + head_time) / jobs.pp
+    head_weights = np.where(lockstep, 0.0, 0.5 * piece.head.backward)
+    weights = (layers * piece.weight_gradient + head_weights) / jobs.pp
+    hop = piece.hop * np.where(lockstep, 1.0 + (jobs.encoder_share > 0), 1.0)
+    p2p = 2.0 * hop * jobs.vpp * piece.hop_exposed * (1.0 + (jobs.entry_layers > 0))
+    filled = _FILLED[jobs.schedule.astype(int)]
+    filled = np.where(lockstep, np.minimum(filled, 1.0), filled)
+    bubble = np.maximum(mean - filled * weights, 0.0)
+    fill = (jobs.pp - 1) * (bubble / jobs.vpp + 2.0 * hop)
     pipeline = m * (longest + p2p) + fill
 
     total = pipeline + piece.first_gather + piece.gradient + piece.optimizer
     nodes = np.maximum(jobs.n_devices / _DEVICES_PER_NODE, 1.0)
-    spread = total * c("spread") * np.log2(nodes)
-    spread = spread + total * c("slice_spread") * np.log2(jobs.n_slices)
+    waiting = total * c("spread") * np.log2(nodes)
+    waiting = waiting + total * c("slice_spread") * np.log2(jobs.n_slices)
     # a caching allocator that runs short frees and allocates within the step
     held = memory(jobs, constants)
     short = np.clip((held.peak_bytes / held.capacity_bytes - 0.85) / 0.15, 0.0, 1.0)
     flush = total * short * jobs.caching_allocator * c("flush_share")
-    spread = spread + flush
+    waiting = waiting + flush
     used = m * jobs.n_layers / jobs.pp
     work = piece.work
     compute = used * (work.forward + work.backward) + m * piece.head.total / jobs.pp
@@ -104,7 +114,7 @@ def step_time(jobs: Jobs, constants: Constants) -> StepTime:
         "optimizer_s": piece.optimizer,
         "host_s": used * piece.host,
         "offload_s": used * piece.offload,
-        "spread_s": spread,
+        "spread_s": waiting,
     }
-    bubble = total + spread - sum(parts.values())
-    return StepTime(step_time_s=total + spread, bubble_s=bubble, **parts)
+    bubble = total + waiting - sum(parts.values())
+    return StepTime(step_time_s=total + waiting, bubble_s=bubble, **parts)

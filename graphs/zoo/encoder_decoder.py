@@ -73,11 +73,18 @@ class EncoderDecoder(nnx.Module):
 
     def hidden(self, encoder_tokens: jax.Array, tokens: jax.Array) -> jax.Array:
         """int32 [B, T] and [B, S] -> [B, S, D], what the head reads."""
-        embedding = weight(self.embedding, jnp.dtype(self.options.compute_dtype))
-        memory = self.encoder(embedding[encoder_tokens], self.encoder_positions[...])
-        memory = self.encoder_norm(memory)
-        x = self.decoder(embedding[tokens], memory, self.decoder_positions[...])
+        memory = self.encode(encoder_tokens)
+        x = self.decoder(self.embed(tokens), memory, self.decoder_positions[...])
         return self.final_norm(x)
+
+    def encode(self, tokens: jax.Array) -> jax.Array:
+        """int32 [B, T] -> [B, T, D], what decoder layers attend to."""
+        x = self.encoder(self.embed(tokens), self.encoder_positions[...])
+        return self.encoder_norm(x)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32 [B, S] -> [B, S, D], what the first layer reads."""
+        return weight(self.embedding, jnp.dtype(self.options.compute_dtype))[tokens]
 
     def head_weight(self) -> jax.Array:
         """[D, V] in the compute type."""

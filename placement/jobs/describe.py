@@ -28,7 +28,8 @@ def shape_of(config: ModelConfig) -> shapes.ModelShape:
     windowed = sum(kind.window is not None for kind in kinds)
     return shapes.ModelShape(
         name=config.name,
-        n_layers=config.n_layers,
+        n_layers=config.encoder_layers + config.n_layers,
+        encoder_layers=config.encoder_layers,
         d_model=config.d_model,
         n_heads=config.n_heads,
         n_kv_heads=config.n_kv_heads,

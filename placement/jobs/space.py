@@ -69,7 +69,7 @@ def groups(job: Jobs) -> Groups:
     }
     n, batch = int(one["n_devices"]), one["global_batch"]
     domain = int(min(job.device.domain[0], n / one["n_slices"]))
-    heads, layers = int(one["n_heads"]), int(one["n_layers"])
+    heads, layers = int(one["n_heads"]), int(one["n_layers"] - one["entry_layers"])
     experts = int(one["n_experts"])
     rows: list[tuple[float, ...]] = []
     tensor = [t for t in _divisors(n, _MAX_TENSOR) if heads % t == 0 and t <= domain]
@@ -86,7 +86,8 @@ def groups(job: Jobs) -> Groups:
         expert = [e for e in _divisors(experts, dp * cp * tp) if dp * cp * tp % e == 0] or [1]
         for micro in micros:
             m = local / micro
-            for shape, ep in itertools.product(_pipelines(layers, pp, m), expert):
+            shapes = _pipelines(layers, pp, m, lockstep=one["lockstep"] > 0)
+            for shape, ep in itertools.product(shapes, expert):
                 vpp, *rest = shape
                 rows.extend(
                     (tp, cp, pp, vpp, ep, dp, micro, zero, fsdp, *rest)
@@ -138,13 +139,19 @@ def _shardings(ways: int, pp: int, near: int) -> list[tuple[float, float]]:
     return found
 
 
-def _pipelines(layers: int, pp: int, m: float) -> list[tuple[int, int, int, int]]:
+def _pipelines(
+    layers: int, pp: int, m: float, *, lockstep: bool = False
+) -> list[tuple[int, int, int, int]]:
     """(chunks, schedule, layers of the first stage, of the last) of pp stages.
 
-    GPipe takes as long as 1F1B and never less memory, so that it is no plan of its own."""
+    GPipe takes as long as 1F1B and never less memory, so that it is no plan of its own. In lock step
+    no stage gains from fewer layers than the others, and any number of layers is divided."""
     if pp == 1:
         return [(1, 0, -1, -1)]
     found = []
+    if lockstep:
+        found += [(v, 0, -1, -1) for v in _chunks(layers, pp, m) if pp * v <= layers + 2]
+        return found + [(1, k, -1, -1) for k in _ZERO_BUBBLE]
     if _stages_even(layers, pp):
         found += [(v, 0, -1, -1) for v in _chunks(layers, pp, m)]
         found += [(1, k, -1, -1) for k in _ZERO_BUBBLE]
@@ -178,7 +185,7 @@ def _chunks(layers: int, pp: int, m: float) -> list[int]:
     """Chunks per stage of the interleaved schedule: microbatches in rounds of pp."""
     if m % pp:
         return [1]
-    total = layers if layers % pp == 0 else layers + 2
+    total = layers + 2 if layers % pp and (layers + 2) % pp == 0 else math.ceil(layers / pp) * pp
     return [v for v in range(1, _MAX_CHUNKS + 1) if (total // pp) % v == 0]
 
 

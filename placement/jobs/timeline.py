@@ -6,7 +6,7 @@ as the stage is free and what it needs has arrived:
     1F1B, interleaved  warm-up, then one forward and one backward in turn (arXiv:2104.04473)
     GPipe              all forwards, then all backwards
     zero bubble        as 1F1B, the gradients of weights W apart and wherever the stage would wait
-                       (arXiv:2401.10241)
+                       (arXiv:2401.10241); in lock step as `placement.pipeline.schedule` says
 
 A chunk's seconds are the job model's (`cost_model.jobs.pieces`); what a chunk spends in collectives is
 drawn beside it on the stage's network lanes, in the place that it has in the chunk's seconds. The
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 
 import numpy as np
 
@@ -66,7 +67,9 @@ def job_timeline(plan: JobPlan, constants: Constants | None = None) -> JobTimeli
     )
 
 
-def order(schedule: str, *, pp: int, vpp: int, m: int, stage: int) -> list[tuple[str, int, int]]:
+def order(
+    schedule: str, *, pp: int, vpp: int, m: int, stage: int, lockstep: bool = False
+) -> list[tuple[str, int, int]]:
     """What a stage does, in order: (F, B or W, chunk, microbatch); W only with zero bubble."""
 
     def item(k: int, backward: bool) -> tuple[int, int]:
@@ -96,6 +99,11 @@ def order(schedule: str, *, pp: int, vpp: int, m: int, stage: int) -> list[tuple
     # later stages put off more weight gradients, which then fill the time that they wait
     held = stage if schedule == "zero_bubble_h1" else 2 * stage
     out: list[tuple[str, int, int]] = []
+    if lockstep:  # at once in the ticks in which every stage has a backward pass
+        at_once = range(stage, stage + m - pp + 1)
+        for step in found:
+            out += [step, ("W", 0, step[2])] if step[0] == "B" and step[2] in at_once else [step]
+        return out + [("W", 0, j) for j in range(m) if j not in at_once]
     done = 0
     for step in found:
         out.append(step)
@@ -121,7 +129,13 @@ class _Drawing:
             layers[:] = float(job.n_layers[0])
         self.layers = layers / self.vpp
         self.stretches: list[Stretch] = []
-        self.head = float((piece.head.total + piece.head_sharded)[0])
+        head = float((piece.head.total + piece.head_sharded)[0])
+        lockstep = job.lockstep[0] > 0 and self.pp > 1
+        turns = math.ceil(m / self.pp) / m * float(job.entry_layers[0] * piece.layer[0])
+        # seconds a microbatch of the head on the last stage, and of what all stages share
+        self.head = 0.0 if lockstep else head
+        self.spread = (head / self.pp + turns) / self.vpp if lockstep else 0.0
+        self.lockstep = lockstep
         self.hop = float(piece.hop[0] * piece.hop_exposed[0])
 
     def seconds(self, stage: int, kind: str, chunk: int) -> float:
@@ -134,12 +148,16 @@ class _Drawing:
         if kind == "W":
             return weights
         found = whole * share if kind == "F" else whole * (1 - share) - weights
-        return found + (self.head * (1 / 3 if kind == "F" else 2 / 3) if at_end else 0.0)
+        beside = self.spread + (self.head if at_end else 0.0)
+        return found + beside * (1 / 3 if kind == "F" else 2 / 3)
 
     def run(self) -> list[float]:
         """Seconds at which each stage is done; draws all chunks."""
         pp, vpp = self.pp, self.vpp
-        work = [order(self.schedule, pp=pp, vpp=vpp, m=self.m, stage=s) for s in range(pp)]
+        schedule, lockstep = self.schedule, self.lockstep
+        work = [
+            order(schedule, pp=pp, vpp=vpp, m=self.m, stage=s, lockstep=lockstep) for s in range(pp)
+        ]
         at, free = [0] * pp, [0.0] * pp
         ready: dict[tuple[str, int, int, int], float] = {}
         waiting: dict[tuple[str, int, int, int], int] = {}

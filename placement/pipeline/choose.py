@@ -5,7 +5,7 @@ pipelined step can be. Only these two are compared: seconds of one model. Where 
 job is faster, or nothing else fits, its plan is made.
 
 What a pipelined step can be (`placement.pipeline.step`): stages of whole repeats, ZeRO-1, experts over
-data ranks, every stage computed again in the backward pass, and a mesh that the cluster composes.
+data ranks, every layer computed again in the backward pass, and a mesh that the cluster composes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from cost_model.cluster import parse_cluster
 from cost_model.estimate import Estimate
 from cost_model.jobs import constants as constants_module
-from cost_model.jobs.columns import Jobs
+from cost_model.jobs.columns import SCHEDULES, Jobs
 from cost_model.jobs.memory import memory
 from cost_model.jobs.step import step_time
 from cost_model.layout import layout_for
@@ -30,7 +30,11 @@ from placement.jobs.infeasible import changes, sentence
 from placement.jobs.search import Infeasible, JobPlan, plan_job
 from placement.jobs.space import Groups
 from placement.jobs.timeline import job_timeline
+from placement.pipeline.schedule import ZERO_BUBBLE
+from placement.pipeline.stages import pipelined_segment
 
+_EXECUTED = tuple(SCHEDULES.index(name) for name in ("1f1b", ZERO_BUBBLE))
+"""Schedules that are searched; interleaved is 1F1B with chunks, and GPipe is never better."""
 _SPMD_REMAT = {"full": "full", "attention": "attention", "dots": "pointwise", "none": "none"}
 """The zoo's policies and the job model's."""
 
@@ -96,7 +100,9 @@ def choose(
     Raises MeshwrightError where the model cannot have stages or the job model does not know the
     device.
     """
-    unit = whole_repeats(config)
+    main = pipelined_segment(config)
+    unit = len(main.kinds)
+    layers = main.repeats * unit
     job = describe_job(
         shape_of(config),
         cluster=cluster,
@@ -111,11 +117,12 @@ def choose(
         return np.ones(g.n_groups, bool) if microbatches is None else m == microbatches
 
     def staged(g: Groups) -> np.ndarray:
-        mask = counted(g) & (g.dp % g.ep == 0) & (g.zero_stage == 1) & (g.schedule == 0)
+        mask = counted(g) & (g.dp % g.ep == 0) & (g.zero_stage == 1)
+        mask &= np.isin(g.schedule, _EXECUTED)
         mask &= g.pp > 1 if stages is None else g.pp == stages
         # the loss is spread over all stages, so that none is better off with fewer layers
         mask &= g.first_layers < 0
-        mask &= (np.mod(config.n_layers, g.pp * g.vpp * unit) == 0) | (unit == 1)
+        mask &= (np.mod(layers, g.pp * g.vpp * unit) == 0) | (unit == 1)
         if config.n_experts:
             mask &= g.cp == 1
         for i in np.flatnonzero(mask):
@@ -131,7 +138,7 @@ def choose(
             time_limit_s=time_limit_s / 2,
         ),
         staged=plan_job(
-            job.replace(lockstep=1.0),
+            job.replace(lockstep=1.0, entry_layers=job.n_layers - layers),
             allowed=staged,
             remats=("full",) if remat in (None, "full") else (),  # else nothing may be chosen
             time_limit_s=time_limit_s / 2,
@@ -139,30 +146,12 @@ def choose(
     )
 
 
-def whole_repeats(config: ModelConfig) -> int:
-    """Layers of the unit that stages divide; raises MeshwrightError where there is none."""
-    from placement.pipeline.stages import pipelined_segment
-
-    main = pipelined_segment(config)
-    if main.repeats * len(main.kinds) != config.n_layers:
-        raise MeshwrightError(
-            f"model {config.name!r} starts with layers of another kind, which every stage would "
-            "compute; plan it without stages"
-        )
-    return len(main.kinds)
-
-
 def layers_of(n_layers: int, degrees: dict[str, float]) -> tuple[int, ...] | None:
-    """Layers of each virtual stage, first to last; None where all are equal."""
+    """Layers of each virtual stage, first to last; None for as even as can be."""
     virtual = int(degrees["pp"] * degrees["vpp"])
-    first, last = int(degrees["first_layers"]), int(degrees["last_layers"])
-    if first < 0:
-        if n_layers % virtual == 0:
-            return None
-        # one fewer beside the embedding and beside the head (`cost_model.jobs.counts`)
-        first = last = (n_layers + 2) // virtual - 1
-    inner = (n_layers - first - last) // max(virtual - 2, 1)
-    return (first, *[inner] * (virtual - 2), last)
+    if n_layers >= virtual:
+        return None
+    return (*[1] * n_layers, *[0] * (virtual - n_layers))
 
 
 _AXES = ("pp", "dp", "ep", "cp", "tp")
@@ -203,7 +192,7 @@ def staged_plan(config: ModelConfig, choice: Choice, *, cluster: str, **fixed: A
             f"{found.capacity_bytes / 2**30:.1f} GiB, most of it {found.binding}; use more devices, "
             "a smaller batch, or no stages"
         )
-    d = found.degrees
+    d, main = found.degrees, pipelined_segment(config)
     count = int(fixed["global_batch"] / (d["dp"] * d["micro_batch"]))
     chunks = int(d["vpp"])
     plan = pipelined_plan(
@@ -211,9 +200,9 @@ def staged_plan(config: ModelConfig, choice: Choice, *, cluster: str, **fixed: A
         cluster=cluster,
         mesh_shape=mesh_of(d),
         microbatches=count,
-        schedule="interleaved" if chunks > 1 else "1f1b",
+        schedule=found.schedule,
         chunks=chunks,
-        layers=layers_of(config.n_layers, d),
+        layers=layers_of(main.repeats * len(main.kinds), d),
         estimate=estimate_of(found),
         lower_bound_s=choice.lower_bound_s,
         remat="full",

@@ -12,6 +12,18 @@ microbatches (the interleaved order of arXiv:2104.04473, section 2.2):
 microbatch; GPipe (arXiv:1811.06965) when all forwards are done. Either takes (m + (p-1)/v) forward
 and backward passes of a stage: the bubble of the literature. In lock step 1F1B keeps up to 2p - 1
 stage inputs instead of p, for a sent result waits for the next tick.
+
+Zero bubble H1 (arXiv:2401.10241) divides the backward pass in B, the gradient of the input, and W,
+those of the weights, which no other stage waits for. The m - p + 1 ticks in which every stage has a
+backward pass do both at once. The p - 1 before them and the p - 1 after them, in which some stages
+have none, do B alone. Stage s puts off W of its first s microbatches and of its last p-1-s: p - 1 on
+every stage, done in p - 1 ticks at the end in which no stage waits. A step of F, B and W seconds takes
+
+    1F1B  (m + p - 1) (F + B + W)        zero bubble H1  (m + p - 1) (F + B) + m W
+
+and the least that lock step allows: F and B depend on the neighbour's of the tick before. Where stages
+run each at its own pace W also fills F's and B's waits, and the paper's bubble is (p - 1)(F + B - W).
+Kept inputs are those of 1F1B; what W needs of p - 1 microbatches is kept beside them.
 """
 
 from __future__ import annotations
@@ -25,8 +37,10 @@ import numpy as np
 
 from graphs.errors import MeshwrightError
 
-SCHEDULES = ("1f1b", "gpipe", "interleaved")
-"""What a pipelined step can run; interleaved is 1F1B with several chunks a stage."""
+ZERO_BUBBLE = "zero_bubble_h1"
+SCHEDULES = ("1f1b", "gpipe", "interleaved", ZERO_BUBBLE)
+"""What a pipelined step can run; interleaved is 1F1B with several chunks a stage. The names are those
+of `cost_model.jobs.columns.SCHEDULES`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +51,9 @@ class Phase:
     stop: int
     forward: bool
     backward: bool
+    """The gradient of a chunk's input."""
+    weights: bool
+    """The gradients of its weights: with backward of the same microbatch, else of one put off."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +85,12 @@ class Schedule:
                 "which chunks are interleaved in rounds of; change one, or use 1 chunk"
             )
 
+        if self.kind == ZERO_BUBBLE and self.chunks > 1:
+            raise MeshwrightError(
+                f"{ZERO_BUBBLE} is a schedule of 1 chunk a stage, not {self.chunks}; use "
+                "interleaved for chunks"
+            )
+
     @property
     def items(self) -> int:
         """Forward (and backward) chunks that a stage computes in a step."""
@@ -81,8 +104,18 @@ class Schedule:
         return self.stages * self.chunks - 1
 
     @property
-    def ticks(self) -> int:
+    def put_off(self) -> int:
+        """Microbatches of which a stage computes the gradients of weights at the end."""
+        return min(self.stages - 1, self.microbatches) if self.kind == ZERO_BUBBLE else 0
+
+    @property
+    def backward_stop(self) -> int:
+        """Tick after the first stage's last backward chunk."""
         return self.first_backward + self.items + self.stages - 1
+
+    @property
+    def ticks(self) -> int:
+        return self.backward_stop + self.put_off
 
     def forward(self, tick: Any, stage: Any) -> tuple[Any, Any, Any]:
         """(valid, chunk, microbatch) at a tick, of ints or arrays."""
@@ -96,6 +129,18 @@ class Schedule:
         chunk, microbatch = self._item(k)
         return (k >= 0) & (k < self.items), self.chunks - 1 - chunk, microbatch
 
+    def weights_put_off(self, tick: Any, stage: Any) -> tuple[Any, Any]:
+        """(valid, place) at a tick that does B alone: where what W needs is kept, of `put_off`."""
+        k = tick - self.first_backward - (self.stages - 1 - stage)
+        # the ticks between, in which W is done at once, take no place
+        at_once = max(self.items - self.stages + 1, 0)
+        after = tick >= self.first_backward + self.stages - 1 + at_once
+        return (k >= 0) & (k < self.items), k - after * at_once
+
+    def weights_done(self, tick: Any) -> Any:
+        """The place whose W every stage does at a tick after the last backward chunk."""
+        return tick - self.backward_stop
+
     def _item(self, k: Any) -> tuple[Any, Any]:
         # the remainder of an invalid k stays within the ranges of chunks and microbatches
         k = k % self.items
@@ -105,10 +150,21 @@ class Schedule:
     def phases(self) -> tuple[Phase, ...]:
         """The ticks of a step, in order."""
         forward_stop = self.items + self.stages - 1
-        cuts = sorted({0, self.first_backward, forward_stop, self.ticks})
+        cuts = {0, self.first_backward, forward_stop, self.backward_stop, self.ticks}
+        # with zero bubble, both parts of the backward pass while every stage has one
+        both = range(self.first_backward, self.backward_stop)
+        if self.kind == ZERO_BUBBLE:
+            both = range(both.start + self.stages - 1, both.stop - self.stages + 1)
+            cuts |= {both.start, both.stop} if both else set()
         return tuple(
-            Phase(start=a, stop=b, forward=a < forward_stop, backward=a >= self.first_backward)
-            for a, b in itertools.pairwise(cuts)
+            Phase(
+                start=a,
+                stop=b,
+                forward=a < forward_stop,
+                backward=self.first_backward <= a < self.backward_stop,
+                weights=a in both or a >= self.backward_stop,
+            )
+            for a, b in itertools.pairwise(sorted(cuts))
         )
 
     @functools.cached_property
@@ -138,6 +194,14 @@ class Schedule:
         return self.microbatches if self.kind == "gpipe" else 1
 
     @property
+    def work(self) -> int:
+        """Passes of a chunk one after the other in a step: forward, input's and weights' gradients."""
+        return sum(
+            (phase.stop - phase.start) * (phase.forward + phase.backward + phase.weights)
+            for phase in self.phases()
+        )
+
+    @property
     def bubble(self) -> float:
-        """Share of a step in which a stage has nothing to do."""
-        return 1.0 - self.items / (self.items + self.stages - 1)
+        """Share of a step in which a stage has nothing to do, where the three passes take as long."""
+        return 1.0 - 3 * self.items / self.work

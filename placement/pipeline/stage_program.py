@@ -2,8 +2,11 @@
 
 It is what a stage does at a tick in the steady state, and the update of its weights once: embed
 tokens, run a chunk of layers forward and keep the input, compute the loss of its share of positions,
-run a chunk backward from a kept input, add up gradients. It holds what a stage holds: weights,
+run a chunk backward from kept inputs, add up gradients. It holds what a stage holds: weights,
 optimizer state, kept inputs, sums of gradients. So the memory that the compiler says is the stage's.
+
+Where stages take turns at the layers before the first one, it is a tick in which they do. With zero
+bubble the tick does B alone and W of another microbatch, and holds what is kept between them.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from graphs.zoo.config import ModelConfig
 from graphs.zoo.options import RunOptions
-from graphs.zoo.train_step import abstract_model
+from graphs.zoo.train_step import abstract_batch, abstract_model
 from graphs.zoo.update_rules import update_rule
-from placement.pipeline.schedule import Schedule
+from placement.pipeline.chunk_backward import split_backward, whole_backward
+from placement.pipeline.schedule import ZERO_BUBBLE, Schedule
 from placement.pipeline.shardings import (
     DATA,
     EXPERT,
@@ -90,9 +94,10 @@ class _Stage:
         }
         batch = program["global_batch"] // program["microbatches"]
         self.hidden = jax.ShapeDtypeStruct(
-            (batch, self.seq_len, config.d_model), jnp.dtype(run.compute_dtype)
+            (batch, self.seq_len, self.parts.width), jnp.dtype(run.compute_dtype)
         )
         stages = self.schedule.stages
+        self.inputs = tuple(k for k in abstract_batch(config, 1, 1) if k != "targets")
         self.share = self.seq_len // stages if self.seq_len % stages == 0 else self.seq_len
         """Positions of a sequence whose loss the stage computes."""
 
@@ -104,7 +109,8 @@ class _Stage:
             lambda w: jax.ShapeDtypeStruct((replicas, *w.shape), jnp.float32), self.params
         )
         batch, x = self.hidden.shape[0], self.hidden
-        kept = jax.ShapeDtypeStruct((self.layers.chunks, self.schedule.slots, *x.shape), x.dtype)
+        places = (self.layers.chunks, self.schedule.slots, self.layers.slots)
+        kept = jax.ShapeDtypeStruct((*places, *x.shape), x.dtype)
         return (
             self.params,
             jax.eval_shape(self.rule.init, self.params),
@@ -112,7 +118,7 @@ class _Stage:
             kept,
             x,
             x,
-            jax.ShapeDtypeStruct((batch, self.seq_len), jnp.int32),
+            {k: jax.ShapeDtypeStruct((batch, self.seq_len), jnp.int32) for k in self.inputs},
             jax.ShapeDtypeStruct((batch, self.share), jnp.int32),
             jax.ShapeDtypeStruct((4,), jnp.int32),
         )
@@ -130,7 +136,8 @@ class _Stage:
             weights,
             is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
         )
-        kept, hidden = PartitionSpec(None, None, split, along), PartitionSpec(split, along)
+        hidden = PartitionSpec(split, along)
+        kept = PartitionSpec(None, None, None, *hidden)
         tokens, whole = PartitionSpec(split), PartitionSpec()
         return (
             (
@@ -140,7 +147,7 @@ class _Stage:
                 kept,
                 hidden,
                 hidden,
-                tokens,
+                {k: tokens for k in self.inputs},
                 tokens,
                 whole,
             ),
@@ -170,7 +177,8 @@ class _Stage:
         """:meth:`tick`, on every replica of the data axis if there is one."""
         if DATA not in self.mesh:
             return self.tick
-        rows, stack, whole = PartitionSpec(DATA), PartitionSpec(None, None, DATA), PartitionSpec()
+        rows, whole = PartitionSpec(DATA), PartitionSpec()
+        stack = PartitionSpec(None, None, None, DATA)
         sums = None if self.sums_inside else rows
         return jax.shard_map(
             self.tick,
@@ -190,18 +198,20 @@ class _Stage:
         else:
             sums = jax.tree.map(lambda g: g[0], sums)
         outer = {k: v for k, v in params.items() if k != name}
+        shared = {k: outer[k] for k in parts.shared}
         chunk = jax.tree.map(lambda w: w[at[0]], self._by_chunk(params[name]))
         x = self._pin(jnp.where(at[2] == 0, parts.embed(outer, tokens), arrived))
-        kept = kept.at[at[0], at[1]].set(x)
-        y = self._pin(parts.layers(chunk, self.mask, x))
+        y, entered = parts.layers(chunk, self.mask, x, shared)
+        kept = kept.at[at[0], at[1]].set(self._pin(entered))
+        y = self._pin(y)
         some = y.reshape(*y.shape[:1], -1, self.seq_len // self.share, y.shape[-1])[:, :, 0]
+        some = some[..., : parts.d_model]
         loss, (d_outer, d_hidden) = jax.value_and_grad(parts.loss, argnums=(0, 1))(
             outer, some, targets
         )
-        _, pull = jax.vjp(
-            lambda w, x: parts.layers(w, self.mask, x), chunk, self._pin(kept[at[0], at[3]])
+        d_chunk, d_shared, dx = self._backward(
+            chunk, shared, self._pin(kept[at[0], at[3]]), self._pin(cotangent), at
         )
-        d_chunk, dx = pull(self._pin(cotangent))
         summed = jax.tree.map(
             lambda total, by_chunk, d: by_chunk.at[at[0]].add(d).reshape(total.shape),
             sums[name],
@@ -212,10 +222,28 @@ class _Stage:
         (d_embed,) = pull(dx)
         rest = {k: v for k, v in sums.items() if k != name}
         rest = jax.tree.map(lambda a, b, c: a + b + c, rest, d_outer, d_embed)
+        for k, d in d_shared.items():
+            rest[k] = rest[k] + d
         found = {k: summed if k == name else rest[k] for k in sums}
         if DATA in self.mesh:
             found, loss = jax.lax.psum((found, loss), DATA)
         return found, kept, y, self._pin(dx), loss, d_hidden
+
+    def _backward(self, chunk, shared, entered, dy, at):
+        """(gradients of a chunk's weights, of what layers share, of its input)."""
+        if self.schedule.kind != ZERO_BUBBLE or not self.schedule.put_off:
+            return whole_backward(self.parts.layer, chunk, shared, self.mask, entered, dy)
+        one = jax.tree.map(lambda w: w[0], chunk)
+        split = split_backward(self.parts.plain_layer, one, shared, dy)
+        dx, d_shared, small, crossing = split.inputs(chunk, shared, self.mask, entered, dy)
+        places = self.schedule.put_off
+        held = jax.lax.optimization_barrier(
+            [jnp.zeros((places, *c.shape), c.dtype) for c in crossing]
+        )
+        held = [h.at[at[1] % places].set(c) for h, c in zip(held, crossing)]
+        found = split.weights(chunk, [h[at[3] % places] for h in held])
+        leaves = [{**small, **found}[i] for i in range(len(small) + len(found))]
+        return jax.tree.unflatten(jax.tree.structure(chunk), leaves), d_shared, dx
 
     def _by_chunk(self, stacked: Any) -> Any:
         """Leaves [chunks * slots, ...] as [chunks, slots, ...]."""
@@ -226,4 +254,5 @@ class _Stage:
         if not len(self.activations):
             return x
         inside = jax.sharding.get_abstract_mesh() if DATA in self.mesh else self.abstract_mesh
-        return jax.lax.with_sharding_constraint(x, NamedSharding(inside, self.activations))
+        spec = PartitionSpec(*[None] * (x.ndim - 3), *self.activations)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(inside, spec))

@@ -1,9 +1,13 @@
-"""A decoder cut into stages: which layers each holds, and the functions that a stage computes.
+"""A model cut into stages: which layers each holds, and the functions that a stage computes.
 
 Virtual stage q = chunk * stages + stage holds consecutive layers. The stacked weights [L, ...] of
 the model's repeated segment become [stages * chunks * slots, ...] in the order stage, chunk, slot,
 so that a stage's weights are one shard. Where layers do not divide evenly, slots past a chunk's last
 layer hold zeros and pass their input on.
+
+Layers before the repeated ones (leading dense layers of a model with experts) and the encoder of an
+encoder-decoder belong to no stage: every stage holds their weights, as those of the embedding, and
+they are computed with it (`ticks` says by whom).
 """
 
 from __future__ import annotations
@@ -20,28 +24,26 @@ from flax import nnx
 
 from graphs.errors import MeshwrightError
 from graphs.zoo.config import ModelConfig, Segment
-from graphs.zoo.decoder import Layer, Period
+from graphs.zoo.decoder import Layer as DecoderOnlyLayer
+from graphs.zoo.decoder import Period
+from graphs.zoo.encoder_decoder import DecoderLayer
 from graphs.zoo.loss import cross_entropy
 from graphs.zoo.options import RunOptions
 from graphs.zoo.train_step import abstract_model
+from placement.pipeline.chunk_backward import Layer
 
 
 def pipelined_segment(config: ModelConfig) -> Segment:
-    """The repeated layers that stages divide; raises MeshwrightError where the model ends on
-    layers of another kind, or is an encoder-decoder."""
+    """The repeated layers that stages divide, the decoder's in an encoder-decoder; raises
+    MeshwrightError where the model ends on layers of another kind."""
     segments = config.segments()
     main = max(segments, key=lambda s: s.repeats * len(s.kinds))
-    if config.encoder_layers:
-        raise MeshwrightError(
-            f"model {config.name!r} is an encoder-decoder, which stages do not divide; "
-            "plan it without stages"
-        )
     if main is not segments[-1] or main.repeats < 2:
         raise MeshwrightError(
             f"model {config.name!r} ends on layers of another kind than those that repeat, which "
             "stages do not divide; plan it without stages"
         )
-    return main
+    return dataclasses.replace(main, name="decoder") if config.encoder_layers else main
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,53 +136,55 @@ def map_layers(fn: Callable[[Any], Any], tree: Any, segment: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageFunctions:
-    """What a stage computes. `outer` is the parameter tree without the repeated layers."""
+    """What a stage computes. `outer` is the parameter tree without the repeated layers.
+
+    W is the width of what is sent: D, or 2 D in an encoder-decoder, where the encoder's output goes
+    along with the decoder's activations.
+    """
 
     segment: str
-    layers: Callable[[Any, jax.Array, jax.Array], jax.Array]
-    """(weights of a chunk [slots, ...], mask [slots], x [B, S, D]) -> [B, S, D]."""
-    embed: Callable[[Any, jax.Array], jax.Array]
-    """(outer, tokens [B, S]) -> [B, S, D]: embedding, and layers before the repeated ones."""
+    layer: Layer
+    """(weights of a slot, shared, x [B, S, W], whether it holds a layer) -> [B, S, W]."""
+    plain_layer: Layer
+    """The same without rematerialisation inside, which a period of several layers has."""
+    embed: Callable[[Any, dict[str, jax.Array]], jax.Array]
+    """(outer, tokens [B, S] by name) -> [B, S, W]: embedding, and layers before the repeated ones."""
     loss: Callable[[Any, jax.Array, jax.Array], jax.Array]
     """(outer, hidden [B, S', D], targets [B, S']) -> mean loss of these tokens."""
+    d_model: int
+    width: int
+    """W."""
+    takes_turns: bool
+    """`embed` runs layers, so that stages take turns at it."""
+    shared: tuple[str, ...] = ()
+    """Names in outer of what every repeated layer reads."""
+
+    def layers(
+        self, weights: Any, mask: jax.Array, x: jax.Array, shared: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """(weights of a chunk [slots, ...], mask [slots], x [B, S, W]) -> ([B, S, W], what entered
+        each layer [slots, B, S, W])."""
+
+        def body(x, at):
+            own, valid = at
+            return self.layer(own, shared, x, valid), x
+
+        return jax.lax.scan(body, x, (weights, mask))
 
 
 def stage_functions(config: ModelConfig, options: RunOptions, seq_len: int) -> StageFunctions:
-    """The parts of a decoder's loss, to be put together by stages."""
+    """The parts of a model's loss, to be put together by stages."""
     main = pipelined_segment(config)
     before = [s.name for s in config.segments()[:-1]]
     graphdef, abstract = abstract_model(config, options)
     absent = {main.name: abstract[main.name]}
 
-    def create() -> nnx.Module:
-        rngs = nnx.Rngs(params=0)
-        if len(main.kinds) == 1:
-            return Layer(config, options, main.kinds[0], rngs=rngs)
-        return Period(config, options, main.kinds, rngs=rngs)
-
-    layer_def, _ = nnx.split(nnx.eval_shape(create))
-    # a period checkpoints its layers itself
-    remat = options.remat if len(main.kinds) == 1 else "none"
-
-    def one_layer(x, weights, valid):
-        y = nnx.merge(layer_def, weights)(x, _rotary(config, seq_len))
-        return jnp.where(valid, y, x)
-
-    if remat == "full":
-        one_layer = jax.checkpoint(one_layer, prevent_cse=False)
-    elif remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
-
-    def layers(weights, mask, x):
-        def body(x, at):
-            return one_layer(x, *at), None
-
-        return jax.lax.scan(body, x, (weights, mask))[0]
-
     def embed(outer, tokens):
         model = nnx.merge(graphdef, {**outer, **absent})
-        x, rotary = model.embed(tokens), model.rotary(tokens.shape[1])
+        if config.encoder_layers:
+            x = model.embed(tokens["inputs"])
+            return jnp.concatenate([x, model.encode(tokens["encoder_inputs"])], axis=-1)
+        x, rotary = model.embed(tokens["inputs"]), model.rotary(tokens["inputs"].shape[1])
         for name in before:
             x = getattr(model, name)(x, rotary)
         return x
@@ -195,7 +199,40 @@ def stage_functions(config: ModelConfig, options: RunOptions, seq_len: int) -> S
             chunks=options.loss_chunks if hidden.shape[1] % options.loss_chunks == 0 else 1,
         )
 
-    return StageFunctions(segment=main.name, layers=layers, embed=embed, loss=loss)
+    return StageFunctions(
+        segment=main.name,
+        layer=_layer(config, options, main, seq_len),
+        plain_layer=_layer(config, dataclasses.replace(options, remat="none"), main, seq_len),
+        embed=embed,
+        loss=loss,
+        d_model=config.d_model,
+        width=config.d_model * (2 if config.encoder_layers else 1),
+        takes_turns=bool(before or config.encoder_layers),
+        shared=("decoder_positions",) if config.encoder_layers else (),
+    )
+
+
+def _layer(config: ModelConfig, options: RunOptions, main: Segment, seq_len: int) -> Layer:
+
+    def create() -> nnx.Module:
+        rngs = nnx.Rngs(params=0)
+        if config.encoder_layers:
+            return DecoderLayer(config, options, rngs=rngs)
+        if len(main.kinds) == 1:
+            return DecoderOnlyLayer(config, options, main.kinds[0], rngs=rngs)
+        return Period(config, options, main.kinds, rngs=rngs)
+
+    layer_def, _ = nnx.split(nnx.eval_shape(create))
+
+    def one(weights, shared, x, valid):
+        layer = nnx.merge(layer_def, weights)
+        if not config.encoder_layers:
+            return jnp.where(valid, layer(x, _rotary(config, seq_len)), x)
+        x, memory = jnp.split(x, 2, axis=-1)
+        y = layer(x, memory, shared["decoder_positions"])
+        return jnp.concatenate([jnp.where(valid, y, x), memory], axis=-1)
+
+    return one
 
 
 def _rotary(config: ModelConfig, seq_len: int):

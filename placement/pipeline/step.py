@@ -2,13 +2,14 @@
 
 Inside the map the stage and data axes are manual, so that gradients are reduced over data once a step
 rather than once a microbatch; every other axis (model, context, expert) is left to XLA's partitioner:
-a stage is itself a sharded program. At every tick (`schedule`) a stage
+a stage is itself a sharded program. At every tick (`schedule`, `ticks`) a stage
 
 1. runs one chunk of layers forward on what it received, or on embedded tokens (first stage),
 2. where a microbatch leaves the last stage, spreads its positions over all stages, each of which
    computes the loss of its share: the head is not one stage's burden (arXiv:2411.05288 spreads the
    vocabulary instead),
-3. runs one chunk backward from its kept input, which it computes again, and sends on.
+3. runs one chunk backward, each layer again from its kept input, and sends on; with zero
+   bubble the gradients of weights of some microbatches are left for the last ticks.
 
 Gradients are summed over microbatches in float32; the update is the unpipelined program's.
 """
@@ -29,7 +30,7 @@ from graphs.zoo.config import ModelConfig
 from graphs.zoo.options import RunOptions
 from graphs.zoo.train_step import abstract_batch, abstract_model
 from graphs.zoo.update_rules import learning_rates, update_rule
-from placement.pipeline.schedule import Phase, Schedule
+from placement.pipeline.schedule import Schedule
 from placement.pipeline.shardings import DATA, STAGE, update_shardings
 from placement.pipeline.stages import (
     Layout,
@@ -39,6 +40,7 @@ from placement.pipeline.stages import (
     stage_functions,
     uneven,
 )
+from placement.pipeline.ticks import StageWorker
 
 
 def build_pipelined_step(
@@ -106,7 +108,7 @@ def build_pipelined_step(
         plan,
         layout,
         mesh,
-        shape=(global_batch // microbatches // replicas, seq_len, config.d_model),
+        shape=(global_batch // microbatches // replicas, seq_len, parts.width),
         dtype=jnp.dtype(run.compute_dtype),
         spec=PartitionSpec(*activation_spec),
     )
@@ -142,8 +144,8 @@ def _pipelined(
     data = tuple(axis for axis in manual if axis == DATA)
     n_means = plan.microbatches * mesh.shape.get(DATA, 1)
 
-    def body(stage_id, mask, weights, outer, inputs, targets):
-        worker = _Worker(
+    def body(stage_id, mask, weights, outer, tokens, targets):
+        worker = StageWorker(
             parts=parts,
             plan=plan,
             stage=stage_id[0],
@@ -152,7 +154,7 @@ def _pipelined(
                 lambda w: w.reshape(layout.chunks, layout.slots, *w.shape[1:]), weights
             ),
             outer=outer,
-            inputs=inputs,
+            tokens=tokens,
             targets=targets,
             spread=spread,
             spec=spec,
@@ -193,155 +195,10 @@ def _pipelined(
             jnp.asarray(mask),
             params[parts.segment],
             outer,
-            split(batch["inputs"]),
+            {k: split(v) for k, v in batch.items() if k != "targets"},
             split(batch["targets"]),
         )
         # in the order of params, so that the trees are equal
         return loss, {k: grads if k == parts.segment else outer_grads[k] for k in params}
 
     return gradients
-
-
-class _Worker:
-    """One stage inside the map: its weights, its tokens, and what it does at a tick."""
-
-    def __init__(
-        self, *, parts, plan, stage, mask, weights, outer, inputs, targets, spread, spec
-    ) -> None:
-        self.parts, self.plan, self.stage, self.mask = parts, plan, stage, mask
-        self.weights, self.outer = weights, outer
-        self.inputs, self.targets = inputs, targets
-        self.spread, self.spec = spread, spec
-        self.first = stage == 0
-        self.last = stage == plan.stages - 1
-
-    def start(self, shape, dtype) -> dict[str, Any]:
-        plan, (b, s, d) = self.plan, shape
-        zeros = functools.partial(jax.tree.map, lambda w: jnp.zeros(w.shape, jnp.float32))
-        return {
-            "forward": self.pin(jnp.zeros(shape, dtype)),
-            "backward": self.pin(jnp.zeros(shape, dtype)),
-            "kept": jnp.zeros((plan.chunks, plan.slots, *shape), dtype),
-            "loss_grads": jnp.zeros((plan.loss_slots, b, s // self.spread, d), dtype),
-            "weights": zeros(self.weights),
-            "outer": zeros(self.outer),
-            "loss": jnp.float32(0.0),
-        }
-
-    def pin(self, x: jax.Array) -> jax.Array:
-        if not len(self.spec):
-            return x
-        mesh = jax.sharding.get_abstract_mesh()
-        return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, self.spec))
-
-    def tick(self, phase: Phase, state: dict[str, Any], t: jax.Array):
-        state = dict(state)
-        if phase.forward:
-            state = self.forward(state, t)
-        if phase.backward:
-            state = self.backward(state, t)
-        return state, None
-
-    def forward(self, state: dict[str, Any], t: jax.Array) -> dict[str, Any]:
-        plan = self.plan
-        valid, chunk, j = plan.forward(t, self.stage)
-        embedded = self.parts.embed(self.outer, self.inputs[j])
-        x = self.pin(jnp.where(self.first & (chunk == 0), embedded, state["forward"]))
-        at = (chunk, j % plan.slots)
-        state["kept"] = _put(state["kept"], x, at, valid)
-        y = self.pin(self.parts.layers(_chunk(self.weights, chunk), self.mask[chunk], x))
-        state = self.losses(state, y, t)
-        state["forward"] = self.send(y, +1)
-        return state
-
-    def losses(self, state: dict[str, Any], y: jax.Array, t: jax.Array) -> dict[str, Any]:
-        """The loss of the microbatch that leaves the last stage, if one does at this tick."""
-        plan = self.plan
-        valid, chunk, j = plan.forward(t, plan.stages - 1)  # the same on every stage
-        leaves = valid & (chunk == plan.chunks - 1)
-
-        def some(loss, outer, loss_grads):
-            mine = self.share(y)
-            targets = self.positions(self.targets[j])
-
-            def of(outer, mine):
-                return self.parts.loss(outer, mine, targets) / plan.stages
-
-            value, (d_outer, d_mine) = jax.value_and_grad(of, argnums=(0, 1))(self.outer, mine)
-            outer = jax.tree.map(jnp.add, outer, d_outer)
-            slot = j % plan.loss_slots
-            loss_grads = jax.lax.dynamic_update_index_in_dim(loss_grads, d_mine, slot, 0)
-            return loss + value, outer, loss_grads
-
-        def none(*same):
-            return same
-
-        names = ("loss", "outer", "loss_grads")
-        found = jax.lax.cond(leaves, some, none, *(state[name] for name in names))
-        return {**state, **dict(zip(names, found))}
-
-    def backward(self, state: dict[str, Any], t: jax.Array) -> dict[str, Any]:
-        plan = self.plan
-        valid, chunk, j = plan.backward(t, self.stage)
-        x = self.pin(state["kept"][chunk, j % plan.slots])
-        from_loss = self.whole(state["loss_grads"][_last_index(plan, t)])
-        at_end = self.last & (chunk == plan.chunks - 1)
-        dy = self.pin(jnp.where(at_end, from_loss, state["backward"]))
-        mask = self.mask[chunk]
-        weights = _chunk(self.weights, chunk)
-        _, pull = jax.vjp(lambda w, x: self.parts.layers(w, mask, x), weights, x)
-        d_weights, dx = pull(dy)
-        state["weights"] = jax.tree.map(
-            lambda total, d: total.at[chunk].add(jnp.where(valid, d, 0.0)),
-            state["weights"],
-            d_weights,
-        )
-        at_start = valid & self.first & (chunk == 0)
-        _, pull = jax.vjp(lambda outer: self.parts.embed(outer, self.inputs[j]), self.outer)
-        (d_outer,) = pull(jnp.where(at_start, dx, jnp.zeros((), dx.dtype)))
-        state["outer"] = jax.tree.map(jnp.add, state["outer"], d_outer)
-        state["backward"] = self.send(self.pin(dx), -1)
-        return state
-
-    def send(self, x: jax.Array, step: int) -> jax.Array:
-        """To the next stage (+1) or the one before (-1), around."""
-        p = self.plan.stages
-        return self.pin(jax.lax.ppermute(x, STAGE, [(i, (i + step) % p) for i in range(p)]))
-
-    def share(self, y: jax.Array) -> jax.Array:
-        """The last stage's y [B, S, D] -> [B, S / stages, D]: every stage its positions."""
-        if self.spread == 1:
-            found = jnp.where(self.last, y, jnp.zeros((), y.dtype))
-            return jax.lax.psum(found.astype(jnp.float32), STAGE).astype(y.dtype)
-        b, s, d = y.shape
-        y = y.reshape(b, s // self.spread, self.spread, d)
-        # an exchange rather than a reduction of zeros: nothing is added up
-        return jax.lax.all_to_all(y, STAGE, split_axis=2, concat_axis=2)[:, :, -1]
-
-    def positions(self, targets: jax.Array) -> jax.Array:
-        if self.spread == 1:
-            return targets
-        b, s = targets.shape
-        return targets.reshape(b, s // self.spread, self.spread)[:, :, self.stage]
-
-    def whole(self, shared: jax.Array) -> jax.Array:
-        """The inverse of :meth:`share`, on every stage."""
-        if self.spread == 1:
-            return shared
-        found = jax.lax.all_gather(shared, STAGE, axis=2)
-        return found.reshape(shared.shape[0], -1, shared.shape[-1])
-
-
-def _last_index(plan: Schedule, t: jax.Array) -> jax.Array:
-    _, _, j = plan.backward(t, plan.stages - 1)
-    return j % plan.loss_slots
-
-
-def _chunk(tree: Any, chunk: jax.Array) -> Any:
-    return jax.tree.map(lambda w: w[0] if w.shape[0] == 1 else w[chunk], tree)
-
-
-def _put(kept: jax.Array, x: jax.Array, at: tuple[Any, Any], valid: jax.Array) -> jax.Array:
-    chunk, slot = at
-    old = kept[chunk, slot]
-    return kept.at[chunk, slot].set(jnp.where(valid, x, old))

@@ -163,7 +163,7 @@ def stage_functions(config: ModelConfig, options: RunOptions, seq_len: int) -> S
     remat = options.remat if len(main.kinds) == 1 else "none"
 
     def one_layer(x, weights, valid):
-        y = nnx.merge(layer_def, weights)(x, _rotary(config, seq_len))
+        y = nnx.merge(layer_def, weights)(x, _rotary(config, options, seq_len))
         return jnp.where(valid, y, x)
 
     if remat == "full":
@@ -198,13 +198,13 @@ def stage_functions(config: ModelConfig, options: RunOptions, seq_len: int) -> S
     return StageFunctions(segment=main.name, layers=layers, embed=embed, loss=loss)
 
 
-def _rotary(config: ModelConfig, seq_len: int):
+def _rotary(config: ModelConfig, options: RunOptions, seq_len: int):
     from graphs.zoo.positions import rotary_tables
 
     if config.position != "rope":
         return None
     width = config.qk_rope_dim if config.attention == "mla" else config.head_dim
-    return rotary_tables(seq_len, width, config.rope_theta)
+    return rotary_tables(seq_len, width, config.rope_theta, options.order(seq_len))
 
 
 def uneven(n_layers: int, stages: int, chunks: int, counts: Sequence[int] | None) -> Layout:

@@ -30,7 +30,7 @@ from graphs.zoo.options import RunOptions
 from graphs.zoo.train_step import abstract_batch, abstract_model, check_ring, in_order
 from graphs.zoo.update_rules import learning_rates, update_rule
 from placement.pipeline.schedule import Phase, Schedule
-from placement.pipeline.shardings import DATA, STAGE, update_shardings
+from placement.pipeline.shardings import DATA, STAGE, pinned_weights, update_shardings
 from placement.pipeline.stages import (
     Layout,
     StageFunctions,
@@ -234,6 +234,12 @@ class _Worker:
         mesh = jax.sharding.get_abstract_mesh()
         return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, self.spec))
 
+    def embed(self, j: jax.Array) -> Callable[[Any], jax.Array]:
+        """outer -> microbatch j embedded, the gradient of outer laid out as outer is."""
+        return lambda outer: self.parts.embed(
+            pinned_weights(outer, self.parts.segment), self.inputs[j]
+        )
+
     def tick(self, phase: Phase, state: dict[str, Any], t: jax.Array):
         state = dict(state)
         if phase.forward:
@@ -297,7 +303,7 @@ class _Worker:
             d_weights,
         )
         at_start = valid & self.first & (chunk == 0)
-        _, pull = jax.vjp(lambda outer: self.parts.embed(outer, self.inputs[j]), self.outer)
+        _, pull = jax.vjp(self.embed(j), self.outer)
         (d_outer,) = pull(jnp.where(at_start, dx, jnp.zeros((), dx.dtype)))
         state["outer"] = jax.tree.map(jnp.add, state["outer"], d_outer)
         state["backward"] = self.send(self.pin(dx), -1)

@@ -3,8 +3,8 @@
 Tensor-parallel collectives: two all-reduces (or gather / scatter pairs) a layer forward, two backward
 (arXiv:1909.08053). Sharded weights are gathered for each microbatch, forward and backward, beside the
 computation: max(compute, traffic) + residue min(compute, traffic). Context parallelism (`_context`)
-passes keys and values round a ring beside the attention core or gathers them before it; experts exchange
-tokens twice forward and twice backward.
+passes keys and values round a ring beside the attention core or gathers them before it; experts
+exchange tokens twice forward and twice backward.
 """
 
 from __future__ import annotations

@@ -126,7 +126,8 @@ def _attend_on_ring(q, k, v, mask, options, scale, softcap, sink) -> jax.Array:
     if sink is None:
         return out
     # one more term in the denominator: total / (total + e^sink)
-    share = jax.nn.sigmoid(lse - sink.reshape(kv, group))
+    share = jax.nn.sigmoid(lse - sink.reshape(kv, group, 1))
+    share = jnp.moveaxis(share, -1, 1)
     return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)
 
 

@@ -1,8 +1,8 @@
 """The plan space of a whole job: every combination of degrees, schedule, microbatch and memory use.
 
-A *group* fixes what decides the lower bounds: tensor, context, pipeline and expert degrees, whether keys
-and values of a split sequence go round a ring or are gathered, chunks per stage, microbatch, and how
-weights are sharded. Its *members* differ in rematerialisation and
+A *group* fixes what decides the lower bounds: tensor, context, pipeline and expert degrees, whether
+keys and values of a split sequence go round a ring or are gathered, chunks per stage, microbatch, and
+how weights are sharded. Its *members* differ in rematerialisation and
 offload, which only add time and only take away memory.
 """
 

@@ -107,7 +107,7 @@ def pinned_weights(weights: Any, segment: str) -> Any:
     """Weights inside a map, held by the automatic axes as their specs say; gradients likewise.
 
     Without it optimizer state that is split over more axes reaches back into the embedding's gradient,
-    a scatter that XLA's partitioner cannot split along two axes under a manual one (it ends the process).
+    a scatter that XLA's partitioner cannot split along two axes under a manual one (the process ends).
     """
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 

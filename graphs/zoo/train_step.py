@@ -22,7 +22,7 @@ from graphs.zoo.config import ModelConfig
 from graphs.zoo.decoder import Decoder
 from graphs.zoo.loss import cross_entropy
 from graphs.zoo.options import RunOptions
-from graphs.zoo.ring import CONTEXT, sequence_order
+from graphs.zoo.ring import CONTEXT, ring_mesh, sequence_order
 from graphs.zoo.update_rules import learning_rates, update_rule
 
 TrainStep = Callable[[Any, Any, Any], tuple[Any, Any, dict[str, jax.Array]]]
@@ -95,7 +95,19 @@ def build_train_step(
 
     opt_state = jax.eval_shape(rule.init, params)
     batch = abstract_batch(config, global_batch, seq_len)
-    return train_step, (params, opt_state, batch), (0, 1)
+    step = train_step if options.attention != "ring" else _under_mesh(train_step, options)
+    return step, (params, opt_state, batch), (0, 1)
+
+
+def _under_mesh(train_step: TrainStep, options: RunOptions) -> TrainStep:
+    """The step traced under its ring's mesh, so that its operations are the same under none."""
+
+    @functools.wraps(train_step)
+    def wrapped(params, opt_state, batch):
+        with jax.sharding.use_abstract_mesh(ring_mesh(options.mesh_shape)):
+            return train_step(params, opt_state, batch)
+
+    return wrapped
 
 
 def init_state(

@@ -19,8 +19,8 @@ SCHEDULES = ("1f1b", "gpipe", "zero_bubble_h1", "zero_bubble_h2")
 """Orders of forward and backward passes (`step`); 1F1B with vpp > 1 is the interleaved schedule."""
 CONTEXT_FORMS = ("beside", "ring", "gathered")
 """How keys and values of a split sequence meet the queries (`pieces`). beside: as the published runs
-are, whose traffic passes beside the attention core in their frameworks' kernels; ring and gathered: as a
-step of `placement.pipeline` has them."""
+are, whose traffic passes beside the attention core in their frameworks' kernels; ring and gathered:
+as a step of `placement.pipeline` has them."""
 RING, GATHERED = CONTEXT_FORMS.index("ring"), CONTEXT_FORMS.index("gathered")
 DTYPE_BYTES = {"fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "mxfp8": 1.0, "nvfp4": 0.5}
 

@@ -61,6 +61,12 @@ SPMD = {
     "zero3": ("dense", "fsdp", {"data": 8}, {}),
     "two_dimensional": ("dense", "t5x_2d", {"data": 2, "model": 4}, {}),
     "accumulation": ("dense", "fsdp", {"data": 4, "model": 2}, {"microbatches": 4}),
+    "context_ring_one_program": (
+        "dense",
+        "search",
+        {"data": 2, "context": 4},
+        {"attention": "ring", "mesh_shape": {"data": 2, "context": 4}},
+    ),
     "expert": ("sparse", "megatron", {"data": 2, "model": 4}, {}),
 }
 

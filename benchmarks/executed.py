@@ -45,9 +45,6 @@ PIPELINED = {
         "dense", {"stage": 1, "data": 2, "context": 4}, {"microbatches": 1, "attention": "ring"}),
     "stages_2_context_ring": (
         "dense", {"stage": 2, "context": 2, "model": 2}, {"microbatches": 4, "attention": "ring"}),
-    "context_ring_contiguous": (
-        "dense", {"stage": 1, "context": 8},
-        {"microbatches": 1, "attention": "ring", "zigzag": False}),
     "stages_2_expert": ("sparse", {"stage": 2, "expert": 2, "model": 2}, {"microbatches": 4}),
     "mixed_interleaved_tensor_bfloat16": (
         "dense", {"stage": 2, "data": 2, "model": 2},

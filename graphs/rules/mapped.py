@@ -58,8 +58,10 @@ def map_name(params: Mapping[str, Any]) -> str:
 
 def map_work(params: Mapping[str, Any]) -> MapWork:
     """Counts of a shard_map's body."""
-    products, elements = collections.Counter(), collections.Counter()
-    moved, starts = collections.Counter(), collections.Counter()
+    products: dict[tuple[int, int, int, int, str], float] = collections.defaultdict(float)
+    elements: dict[str, float] = collections.defaultdict(float)
+    moved: dict[tuple[str, tuple[str, ...]], float] = collections.defaultdict(float)
+    starts: dict[tuple[str, tuple[str, ...]], float] = collections.defaultdict(float)
     for eqn, times in _equations(params["jaxpr"]):
         name = eqn.primitive.name
         if name == "dot_general":

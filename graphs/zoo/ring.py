@@ -93,8 +93,8 @@ def ring_mesh(mesh_shape: tuple[tuple[str, int], ...]) -> AbstractMesh:
     """
     found = jax.sharding.get_abstract_mesh()
     if found.empty and mesh_shape:
-        names, sizes = zip(*mesh_shape)
-        found = AbstractMesh(sizes, names)
+        sizes = dict(mesh_shape)
+        found = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     if found.empty or CONTEXT not in found.axis_names:
         raise MeshwrightError(
             f"attention=ring needs a mesh with an axis {CONTEXT!r}, this one has "

@@ -61,7 +61,7 @@ class JobPlan:
     @property
     def context(self) -> str:
         """How keys and values of a split sequence meet the queries; empty where none is split."""
-        if self.degrees["cp"] <= 1:
+        if self.degrees.get("cp", 1) <= 1:
             return ""
         return CONTEXT_FORMS[int(self.degrees["context_form"])]
 

@@ -215,20 +215,17 @@ def test_the_plan_s_program_has_the_form_that_was_chosen():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs meshwright[tpu]")
-def test_a_compiled_ring_gathers_no_keys_and_takes_less_memory():
+def test_a_compiled_ring_gathers_no_keys():
     config = dataclasses.replace(
         TINY, d_model=256, n_heads=4, n_kv_heads=2, attention="gqa", head_dim=128, d_ff=512
     )
-    seq_len, found = 32768, {}
-    for attention in ("ring", "chunked"):
-        plan = pipelined_plan(
-            config, cluster="v5e:2x4", mesh_shape={"stage": 2, "context": 4}, global_batch=2,
-            seq_len=seq_len, microbatches=2, attention=attention,
-        )  # fmt: skip
-        found[attention] = compile_stage(plan, config)
-        assert found[attention].status == "ok", found[attention].message
-    keys = 2 * 2 * seq_len * config.n_kv_heads * config.head_dim  # and values, of one layer
-    ring, gathered = found["ring"], found["chunked"]
-    assert ring.collectives["collective-permute"] > 0
-    assert ring.collectives["all-gather"] < keys <= gathered.collectives["all-gather"]
-    assert ring.peak_bytes < gathered.peak_bytes
+    plan = pipelined_plan(
+        config, cluster="v5e:2x4", mesh_shape={"stage": 2, "context": 4}, global_batch=2,
+        seq_len=32768, microbatches=2, attention="ring",
+    )  # fmt: skip
+    found = compile_stage(plan, config)
+    assert found.status == "ok", found.message
+    keys = 2 * 2 * 32768 * config.n_kv_heads * config.head_dim  # and values, of one layer
+    # forward, forward again, backward: three hops each, and float32 gradients
+    assert found.collectives["collective-permute"] > 9 * keys / 4
+    assert found.collectives["all-gather"] < keys / 4, "not even one device's share of them"

@@ -55,6 +55,10 @@ PIPELINED = {
         "encoder_decoder", {"stage": 4, "data": 2}, {"microbatches": 8}),
     "context": ("dense", {"stage": 1, "data": 2, "context": 4}, {"microbatches": 1}),
     "stages_2_context": ("dense", {"stage": 2, "data": 2, "context": 2}, {"microbatches": 4}),
+    "context_ring": (
+        "dense", {"stage": 1, "data": 2, "context": 4}, {"microbatches": 1, "attention": "ring"}),
+    "stages_2_context_ring": (
+        "dense", {"stage": 2, "context": 2, "model": 2}, {"microbatches": 4, "attention": "ring"}),
     "stages_2_expert": ("sparse", {"stage": 2, "expert": 2, "model": 2}, {"microbatches": 4}),
     "mixed_interleaved_tensor_bfloat16": (
         "dense", {"stage": 2, "data": 2, "model": 2},
@@ -68,6 +72,12 @@ SPMD = {
     "zero3": ("dense", "fsdp", {"data": 8}, {}),
     "two_dimensional": ("dense", "t5x_2d", {"data": 2, "model": 4}, {}),
     "accumulation": ("dense", "fsdp", {"data": 4, "model": 2}, {"microbatches": 4}),
+    "context_ring_one_program": (
+        "dense",
+        "search",
+        {"data": 2, "context": 4},
+        {"attention": "ring", "mesh_shape": {"data": 2, "context": 4}},
+    ),
     "expert": ("sparse", "megatron", {"data": 2, "model": 4}, {}),
 }
 

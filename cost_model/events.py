@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 
 from cost_model.live import readers_of
+from cost_model.mapped import map_events
 from cost_model.operands import operand
 from cost_model.operators import compute_events, contracts
 from cost_model.partial_sums import (
@@ -70,6 +71,17 @@ def own_events(grouping, g, n, menu, pricing, stored, wide, hides, sliced) -> li
         )
         for e in compute_events(grouping, g, menu, pricing, stored, wide)
     ]  # fmt: skip
+    for op, region, seconds, exposed, n_bytes in map_events(grouping, g, menu, pricing):
+        own = Event(
+            kind=COMPUTE, op=op, region=region, node=n, source=-1, seconds=seconds,
+            n_bytes=None, rows=None, columns=None, hides=False, label="matmul",
+        )  # fmt: skip
+        events.append(own)
+        events.append(
+            dataclasses.replace(
+                own, kind=COLLECTIVE, seconds=exposed, n_bytes=n_bytes, label="maps"
+            )
+        )
     windowed = hides and pricing.device.family == "tpu" and contracts(grouping, g)
     if windowed:
         first = events[0]

@@ -46,6 +46,13 @@ _KERNEL_STEP_S = 0.5e-6
 peak, and the cost of a step of the grid."""
 
 
+def vector_cost(primitive: str) -> float:
+    """Vector instructions of an element of a primitive's result; 0 for views."""
+    if primitive in _VIEWS:
+        return 0.0
+    return _TRANSCENDENTAL_COST if primitive in TRANSCENDENTAL else 1.0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeEvent:
     """Work on one device, once per trip of a region."""
@@ -292,7 +299,7 @@ def _light(
             if t in stored and op.primitive not in ("carry_in", "carry_out"):
                 add(moved, op.region, local(t, item.tensors[t]) * tensor.itemsize)
             if op.primitive not in _VIEWS:
-                cost = _TRANSCENDENTAL_COST if op.primitive in TRANSCENDENTAL else 1.0
+                cost = vector_cost(op.primitive)
                 elements = local(t, item.tensors[t])
                 add(work, op.region, cost * elements)
                 widest[op.region] = np.maximum(widest.get(op.region, 0.0), elements)

@@ -34,6 +34,11 @@ def called_jaxpr(eqn) -> tuple[core.Jaxpr, tuple] | None:
     return open_jaxpr(eqn.params[name])
 
 
+def live_eqns(jaxpr) -> list:
+    """The equations that have a result or an effect (JAX leaves maps of nothing where it hoists)."""
+    return [eqn for eqn in jaxpr.eqns if eqn.outvars or eqn.effects]
+
+
 def open_jaxpr(jaxpr) -> tuple[core.Jaxpr, tuple]:
     """(jaxpr, constants) of an open or closed jaxpr."""
     if hasattr(jaxpr, "jaxpr"):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from graphs._jaxpr import called_jaxpr, open_jaxpr
+from graphs._jaxpr import called_jaxpr, live_eqns, open_jaxpr
 from graphs.errors import MeshwrightError
 from graphs.graph import Graph, Op, Region, Tensor
 from graphs.rules import local_of
@@ -136,7 +136,8 @@ class _Builder:
         outputs = tuple(
             self.tensor(a, index, region if out_region is None else out_region) for a in out_avals
         )
-        whole = local_of(primitive) is not None  # its rule may read the body, which stays a call
+        # its rule may read the body, which stays a call
+        whole = local_of(primitive) is not None or primitive == "shard_map"
         kept = params if whole else {k: v for k, v in params.items() if k not in _BODIES}
         self.ops.append(
             Op(
@@ -160,7 +161,7 @@ class _Builder:
         def read(atom) -> int:
             return -1 if hasattr(atom, "val") else env[atom]
 
-        for eqn in jaxpr.eqns:
+        for eqn in live_eqns(jaxpr):
             args = [read(v) for v in eqn.invars]
             called = called_jaxpr(eqn)
             name = eqn.primitive.name

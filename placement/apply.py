@@ -16,7 +16,7 @@ import jax
 from jax.core import eval_jaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
-from graphs._jaxpr import called_jaxpr, open_jaxpr
+from graphs._jaxpr import called_jaxpr, live_eqns, open_jaxpr
 from graphs.rules import local_of
 from graphs.rules.manual import entry_axes
 from graphs.trace import abstract
@@ -157,7 +157,7 @@ class _Walker:
         def read(atom) -> tuple[Any, int]:
             return (atom.val, -1) if hasattr(atom, "val") else env[atom]
 
-        for eqn in jaxpr.eqns:
+        for eqn in live_eqns(jaxpr):
             args = [read(v) for v in eqn.invars]
             called = called_jaxpr(eqn)
             name = eqn.primitive.name

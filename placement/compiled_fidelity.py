@@ -280,7 +280,9 @@ def _collectives(rows: Iterable[Comparison]) -> dict[str, dict[str, float]]:
     """Totals by kind over the rows whose compiled program was at hand, in bytes."""
     totals: dict[str, dict[str, float]] = {}
     for row in rows:
-        group = totals.setdefault("plans" if row.planned else "pinned rules" if row.pinned else "rules", {})
+        group = totals.setdefault(
+            "plans" if row.planned else "pinned rules" if row.pinned else "rules", {}
+        )
         for side, by_kind in (
             ("predicted", row.predicted_collectives),
             ("compiled", row.compiled_collectives),

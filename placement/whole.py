@@ -161,6 +161,7 @@ def _choice(config, cluster, fixed, remat, microbatches, stages, options):
             remat=remat,
             microbatches=microbatches,
             stages=None if stages is None or stages is True else int(stages),
+            attention=fixed.get("attention"),
             optimizer_state="adafactor" if fixed.get("optimizer") == "adafactor" else state,
         )
     except MeshwrightError:

@@ -326,6 +326,12 @@ EXECUTED = {
     # group: (name, mesh, options, changes to the model)
     "one segment": [
         ("two stages", {"stage": 2, "data": 2, "model": 2}, {"microbatches": 2}, {}),
+        (
+            "ring",
+            {"stage": 2, "context": 2, "model": 2},
+            {"microbatches": 2, "attention": "ring"},
+            {},
+        ),
         ("four stages", {"stage": 4, "data": 2}, {"microbatches": 4, "schedule": "gpipe"}, {}),
         (
             "interleaved",

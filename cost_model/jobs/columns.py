@@ -17,6 +17,11 @@ from cost_model.jobs.shape import ModelShape
 REMAT = ("none", "selective", "full")
 SCHEDULES = ("1f1b", "gpipe", "zero_bubble_h1", "zero_bubble_h2")
 """Orders of forward and backward passes (`step`); 1F1B with vpp > 1 is the interleaved schedule."""
+CONTEXT_FORMS = ("beside", "ring", "gathered")
+"""How keys and values of a split sequence meet the queries (`pieces`). beside: as the published runs
+are, whose traffic passes beside the attention core in their frameworks' kernels; ring and gathered:
+as a step of `placement.pipeline` has them."""
+RING, GATHERED = CONTEXT_FORMS.index("ring"), CONTEXT_FORMS.index("gathered")
 DTYPE_BYTES = {"fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "mxfp8": 1.0, "nvfp4": 0.5}
 
 
@@ -86,6 +91,8 @@ class Jobs:
     """of n_layers those before the first stage, which stages of such a program compute in turn, each
     whole microbatches; every stage holds their weights."""
     cp: np.ndarray
+    context_form: np.ndarray
+    """index into CONTEXT_FORMS; of no account where cp is 1."""
     ep: np.ndarray
     n_slices: np.ndarray
     """domains of the fast network that the job spans on TPUs."""

@@ -14,7 +14,7 @@ import dataclasses
 
 import numpy as np
 
-from cost_model.jobs.columns import Jobs
+from cost_model.jobs.columns import GATHERED, RING, Jobs
 from cost_model.jobs.constants import Constants
 from cost_model.jobs.counts import cross_share
 from cost_model.jobs.matmul import linear_s, matmul_s
@@ -100,6 +100,12 @@ def tokens(jobs: Jobs) -> np.ndarray:
     return jobs.micro_batch * jobs.seq_len / jobs.cp
 
 
+def key_bytes(jobs: Jobs) -> np.ndarray:
+    """[J] bytes of a layer's keys and values, two each, of one microbatch's whole sequences."""
+    heads = np.maximum(jobs.n_kv_heads / jobs.tp, 1.0)
+    return 2.0 * tokens(jobs) * jobs.cp * heads * (jobs.head_dim + jobs.v_head_dim)
+
+
 def _how(jobs: Jobs, rate: Rates, constants: Constants, *, low: bool) -> dict[str, np.ndarray]:
     return {
         "flops_per_s": rate.matmul if low else rate.matmul16,
@@ -143,12 +149,16 @@ def core(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
     """softmax(Q K^T) V of the heads and the part of the sequence that a device holds."""
     heads = jobs.n_heads / jobs.tp
     s = jobs.seq_len
-    block = np.where(jobs.device.array_width > 0, _ATTENTION_BLOCK_TPU, _ATTENTION_BLOCK)
-    window = np.where(jobs.window > 0, np.minimum(jobs.window + block, s), s)
+    beyond = np.where(jobs.device.array_width > 0, _ATTENTION_BLOCK_TPU, _ATTENTION_BLOCK)
+    window = np.where(jobs.window > 0, np.minimum(jobs.window + beyond, s), s)
     seen_window = window - window * window / (2 * s)
-    seen = jobs.window_share * seen_window + (1 - jobs.window_share) * s / 2
+    # queries of a split sequence that meet gathered keys meet the hidden ones too
+    everything = (jobs.context_form == GATHERED) & (jobs.cp > 1)
+    causal = np.where(everything, s, s / 2)
+    seen = jobs.window_share * seen_window + (1 - jobs.window_share) * causal
     # half the sequence in a causal layer, all of it in an encoder's and in attention to its output
-    seen = seen * (1 + jobs.encoder_share + 2 * cross_share(jobs))
+    whole = np.where(everything, 1.0, 1 + jobs.encoder_share)
+    seen = seen * (whole + np.where(everything, 1.0, 2.0) * cross_share(jobs))
     width = jobs.head_dim + jobs.v_head_dim
     flops = 2.0 * tokens(jobs) * seen * heads * width
     share = constants.of("attention_share", jobs.device.family) * jobs.attention_speed
@@ -160,7 +170,8 @@ def core(jobs: Jobs, rate: Rates, constants: Constants) -> Part:
         jobs.head_dim / padded,
         1.25 * jobs.head_dim / (jobs.head_dim + 32.0),
     )
-    share = share * narrow * s / (s + 512.0)
+    block = np.where(jobs.context_form == RING, s / jobs.cp, s)  # a ring meets block after block
+    share = share * narrow * block / (block + 512.0)
     fused = flops / (rate.matmul16 * share)
     flash = Part(forward=fused, backward=fused * FLASH_BACKWARD, redone=fused * jobs.remat_core)
     if jobs.fused_attention.all():

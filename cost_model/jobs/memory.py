@@ -9,7 +9,8 @@ activations what each part of a layer keeps for the backward pass, from its reco
             (arXiv:2401.10241, table 1); in lock step what entered each layer, until the chunk's
             backward pass a tick after the next stage's, and with zero bubble the inputs and output
             gradients of pp - 1 microbatches' matmuls (`placement.pipeline.chunk_backward`)
-working set one layer's recomputed activations, gathered weights, and the logits
+working set one layer's recomputed activations, gathered weights, keys and values of other devices,
+            and the logits
 allocator   fragmentation, which a full caching allocator gives back, and the runtime's own context
 """
 
@@ -20,7 +21,7 @@ import dataclasses
 import numpy as np
 
 from cost_model.jobs import counts, layer
-from cost_model.jobs.columns import SCHEDULES, Jobs
+from cost_model.jobs.columns import GATHERED, RING, SCHEDULES, Jobs
 from cost_model.jobs.constants import Constants
 
 _FUSED_LOSS = 4.0
@@ -100,6 +101,17 @@ def put_off_bytes(jobs: Jobs) -> np.ndarray:
     return 2.0 * layer.tokens(jobs) * kept
 
 
+def _keys_held(jobs: Jobs) -> np.ndarray:
+    """[J] bytes of keys and values of other devices, and of their gradients.
+
+    gathered: both whole. ring: the block in use and the one that arrives, and in float32 gradients that
+    are summed, that arrive and that are added. The published runs' are within the allocator's share.
+    """
+    whole = layer.key_bytes(jobs) * (jobs.cp > 1)
+    ring, gathered = jobs.context_form == RING, jobs.context_form == GATHERED
+    return np.select([ring, gathered], [whole / jobs.cp * (2 + 3 * 2), 2 * whole], 0.0)
+
+
 def memory(jobs: Jobs, constants: Constants) -> Memory:
     """Predict the peak of J jobs."""
     params = counts.parameters(jobs)
@@ -142,6 +154,7 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
         gathered, ahead * (2.0 + jobs.grad_bytes / 2) * (dense + experts), 0.0
     )
     working = working + layer.tokens(jobs) * jobs.d_model * 2.0 * 2.0
+    working = working + _keys_held(jobs)
     logit_bytes = constants.of("logit_bytes", family)
     logit_bytes = np.where(jobs.fused_loss > 0, np.minimum(_FUSED_LOSS, logit_bytes), logit_bytes)
     logits = layer.tokens(jobs) * jobs.vocab / jobs.tp * logit_bytes

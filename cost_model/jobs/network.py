@@ -8,7 +8,7 @@ or reduces B bytes in
 because the p members of a domain fetch disjoint parts over their own network cards (hierarchical
 all-gather: Rajbhandari et al., ZeRO++, section 3; scaling book, "Training", for the torus). A ring
 all-reduce is a reduce-scatter and an all-gather. On a torus a group laid on some of the axes uses
-both directions of each of them.
+both directions of each of them; a ring of blocks goes one way, a block of B/g a hop.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Group:
     """[J] members of one fast domain, 1..size."""
     fast_bytes_per_s: np.ndarray
     """[J] one way, of the links that the group may use."""
+    hop_bytes_per_s: np.ndarray
+    """[J] to the next member of a fast domain."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,12 @@ def groups(jobs: Jobs, fast_efficiency: np.ndarray) -> dict[str, Group]:
 
     def group(size: np.ndarray, stride: np.ndarray, share: np.ndarray) -> Group:
         near = np.clip(np.floor(domain / stride), 1.0, size)
-        return Group(size=size, near=near, fast_bytes_per_s=np.where(tpu, link * share, link))
+        return Group(
+            size=size,
+            near=near,
+            fast_bytes_per_s=np.where(tpu, link * share, link),
+            hop_bytes_per_s=d.link_bytes_per_s * fast_efficiency / np.maximum(d.links, 1.0),
+        )
 
     one = np.ones_like(link)
     return {
@@ -88,6 +95,16 @@ def gather_s(full_bytes: np.ndarray, group: Group, network: Network) -> np.ndarr
     fast = full_bytes * (g - 1) / g / group.fast_bytes_per_s
     slow = full_bytes * (far - 1) / far / (p * network.slow_bytes_per_s)
     return np.where(g > 1, np.maximum(fast, slow) + _hops(g, far) * network.latency_s, 0.0)
+
+
+def hop_s(full_bytes: np.ndarray, group: Group, network: Network) -> np.ndarray:
+    """[J] every member's block of `full_bytes` to the next member, around; the slowest hop rules."""
+    g = group.size
+    crosses = g > group.near
+    slowest = np.where(
+        crosses, np.minimum(group.hop_bytes_per_s, network.slow_bytes_per_s), group.hop_bytes_per_s
+    )
+    return np.where(g > 1, full_bytes / g / slowest + network.latency_s, 0.0)
 
 
 def reduce_s(full_bytes: np.ndarray, group: Group, network: Network) -> np.ndarray:

@@ -2,8 +2,9 @@
 
 Tensor-parallel collectives: two all-reduces (or gather / scatter pairs) a layer forward, two backward
 (arXiv:1909.08053). Sharded weights are gathered for each microbatch, forward and backward, beside the
-computation: max(compute, traffic) + residue min(compute, traffic). Context parallelism gathers keys
-and values beside the attention core; experts exchange tokens twice forward and twice backward.
+computation: max(compute, traffic) + residue min(compute, traffic). Context parallelism (`_context`)
+passes keys and values round a ring beside the attention core or gathers them before it; experts
+exchange tokens twice forward and twice backward.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import dataclasses
 import numpy as np
 
 from cost_model.jobs import counts, layer, network
-from cost_model.jobs.columns import Jobs
+from cost_model.jobs.columns import GATHERED, RING, Jobs
 from cost_model.jobs.constants import Constants
 from cost_model.jobs.memory import kept_bytes
 
@@ -112,11 +113,7 @@ def pieces(jobs: Jobs, constants: Constants) -> Pieces:
     tensor = network.reduce_s(activation, groups["tp"], net) * pairs * hidden
     expert = network.exchange_s(activation / jobs.tp, jobs.experts_per_token, groups["ep"], net)
     expert = expert * 4.0 * moe_share
-    key_bytes = 2.0 * t * jobs.cp * np.maximum(jobs.n_kv_heads / jobs.tp, 1.0)
-    key_bytes = key_bytes * (jobs.head_dim + jobs.v_head_dim) * (1 + cross)
-    key_time = network.gather_s(key_bytes, groups["cp"], net)
-    context = _beside(attention_core.forward, key_time, c("overlap_residue"))
-    context = context + _beside(attention_core.backward, 2 * key_time, c("overlap_residue"))
+    context = _context(jobs, attention_core, groups["cp"], net, c("overlap_residue"))
 
     # saved activations that travel to host memory and back beside the computation
     kept, _ = kept_bytes(jobs)
@@ -190,6 +187,32 @@ def pieces(jobs: Jobs, constants: Constants) -> Pieces:
         hop_exposed=np.where(jobs.tp_overlap > 0, c("tp_exposed"), 1.0),
         gradient=gradient,
         optimizer=optimizer,
+    )
+
+
+def _context(
+    jobs: Jobs,
+    core: layer.Part,
+    group: network.Group,
+    net: network.Network,
+    residue: np.ndarray,
+) -> np.ndarray:
+    """[J] seconds that keys and values of other devices add to a layer (`columns.CONTEXT_FORMS`).
+
+    gathered: once forward, again backward, and their gradients scattered, nothing beside. ring
+    (`graphs.zoo.ring`): c - 1 hops forward, again where the core is computed again, and backward, where
+    gradients in float32 follow for one hop more, and go home with nothing beside.
+    """
+    n_bytes = layer.key_bytes(jobs)
+    gather = network.gather_s(n_bytes, group, net)
+    beside = _beside(core.forward, gather, residue) + _beside(core.backward, 2 * gather, residue)
+    hop, wide = network.hop_s(n_bytes, group, net), network.hop_s(2 * n_bytes, group, net)
+    around = (jobs.cp - 1) * hop
+    ring = _beside(core.forward, around, residue) + wide
+    ring = ring + jobs.remat_core * _beside(core.forward, around, residue)
+    ring = ring + _beside(core.backward, around + jobs.cp * wide, residue)
+    return np.select(
+        [jobs.context_form == RING, jobs.context_form == GATHERED], [ring, 3 * gather], beside
     )
 
 

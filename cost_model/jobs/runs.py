@@ -352,6 +352,7 @@ def _record(
         "entry_layers": 0.0,
         "encoder_share": 0.0,
         "cp": cp,
+        "context_form": 0.0,
         "ep": (given["ep"] or 1.0) if model["n_experts"] else 1.0,
         "n_slices": n_slices,
         **{f"remat_{part}": share for part, share in redone.items()},

@@ -1,7 +1,7 @@
 """The sharding rule of every primitive. ``register_rule`` adds one for a primitive of your own,
 ``register_local`` says how each device calls one that XLA cannot partition."""
 
-from graphs.rules import contraction, elementwise, indexing, kernel, manual, structural
+from graphs.rules import contraction, elementwise, indexing, kernel, manual, mapped, structural
 from graphs.rules.rule import (
     WHOLE,
     FactorBuilder,
@@ -23,6 +23,7 @@ __all__ = [
     "kernel",
     "local_of",
     "manual",
+    "mapped",
     "register_local",
     "register_rule",
     "registered",

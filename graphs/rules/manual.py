@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from graphs.errors import MeshwrightError
-from graphs.rules.rule import WHOLE, OpRule, register_rule
+from graphs.rules.mapped import map_name
+from graphs.rules.rule import WHOLE, OpRule, register_rule, rule_named
 
 
 def entry_axes(entry: Any) -> tuple[str, ...]:
@@ -59,6 +60,9 @@ def sharding_constraint(params, ins, outs) -> OpRule:
 @register_rule("shard_map")
 def shard_map(params, ins, outs) -> OpRule:
     """Operands and results have the map's specs; what happens inside is the user's."""
+    own = rule_named(f"shard_map:{map_name(params)}")
+    if own is not None:
+        return own(params, ins, outs)
     return _pinned(ins, outs, _specs(params, "in"), _specs(params, "out"))
 
 

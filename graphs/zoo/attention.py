@@ -7,7 +7,7 @@ score matrix [B, K, G, S, T]. The *chunked* form scans over blocks of C queries 
 in the backward pass, so it holds one block of scores. A block of a global layer takes every
 (S / C)-th query: where the sequence is sharded, each device then has its share of every block, and
 no more causal work than the others. A block of a local layer is contiguous and reads only the keys
-that its windows touch.
+that its windows touch. The *ring* is for a sequence that a mesh axis splits (`graphs.zoo.ring`).
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from graphs.errors import MeshwrightError
 from graphs.zoo.config import ModelConfig
 from graphs.zoo.layers import Norm, new_constant, new_weight, weight
 from graphs.zoo.options import RunOptions
 from graphs.zoo.positions import Rotary, alibi_slopes, relative_bucket, rotate
-
-MASKED = -1e30
+from graphs.zoo.ring import MASKED, Ring, ring_attention, ring_mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,13 @@ def attend(
     b, s, h, hd = q.shape
     t, kv = k.shape[1], k.shape[2]
     q = q.reshape(b, s, kv, h // kv, hd)
+    if options.attention == "ring":
+        if relative_table is not None:
+            raise MeshwrightError(
+                "attention=ring has no relative position buckets; use another attention"
+            )
+        out = _attend_on_ring(q, k, v, mask, options, scale, softcap, sink)
+        return out.reshape(b, s, h, v.shape[-1])
     core = functools.partial(
         _attend_block,
         mask=mask,
@@ -100,6 +108,29 @@ def attend(
     indices = jnp.arange(n_blocks, dtype=jnp.int32)
     _, out = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, (indices, blocks))
     return jnp.moveaxis(out, 0, block_axis).reshape(b, s, h, v.shape[-1])
+
+
+def _attend_on_ring(q, k, v, mask, options, scale, softcap, sink) -> jax.Array:
+    """q [B, S, K, G, hd], k [B, T, K, hd], v [B, T, K, vd] -> [B, S, K, G, vd]."""
+    kv, group = q.shape[2:4]
+    ring = Ring(
+        mesh=ring_mesh(options.mesh_shape),
+        zigzag=options.zigzag,
+        query_block=options.query_chunk,
+        causal=mask.causal,
+        window=mask.window if mask.causal else None,
+        scale=scale,
+        softcap=softcap,
+        slopes=tuple(alibi_slopes(kv * group)) if mask.alibi else None,
+    )
+    found: Any = ring_attention(ring, q, k, v)
+    out, lse = found
+    if sink is None:
+        return out
+    # one more term in the denominator: total / (total + e^sink)
+    share = jax.nn.sigmoid(lse - sink.reshape(kv, group, 1))
+    share = jnp.moveaxis(share, -1, 1)
+    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)
 
 
 def _attend_block(

@@ -116,13 +116,15 @@ class Decoder(nnx.Module):
         return self.final_norm(x)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """int32 [B, S] -> [B, S, D], what the first layer reads."""
+        """int32 [B, S] -> [B, S, D], what the first layer reads; S in the options' order."""
         config, dtype = self.config, jnp.dtype(self.options.compute_dtype)
         x = weight(self.embedding, dtype)[tokens]
         if config.scale_embeddings:
             x = x * jnp.asarray(math.sqrt(config.d_model), dtype)
         if config.position == "learned":
-            x = x + weight(self.position_embedding, dtype)[: tokens.shape[1]]
+            order = self.options.order(tokens.shape[1])
+            which = slice(tokens.shape[1]) if order is None else order
+            x = x + weight(self.position_embedding, dtype)[which]
         return self.embedding_norm(x) if config.embedding_norm else x
 
     def rotary(self, seq_len: int) -> Rotary | None:
@@ -131,7 +133,7 @@ class Decoder(nnx.Module):
         if config.position != "rope":
             return None
         width = config.qk_rope_dim if config.attention == "mla" else config.head_dim
-        return rotary_tables(seq_len, width, config.rope_theta)
+        return rotary_tables(seq_len, width, config.rope_theta, self.options.order(seq_len))
 
     def head_weight(self) -> jax.Array:
         """[D, V] in the compute type."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from graphs.errors import MeshwrightError
+from graphs.zoo.ring import CONTEXT, sequence_order
 
 REMATS = ("none", "dots", "attention", "full")
-ATTENTION_FORMS = ("auto", "naive", "chunked")
+ATTENTION_FORMS = ("auto", "naive", "chunked", "ring")
 MOE_FORMS = ("capacity", "dropless")
 
 CHUNKED_FROM_SEQ_LEN = 4096
@@ -24,9 +27,15 @@ class RunOptions:
     """Layers as lax.scan over stacked weights instead of unrolled."""
     attention: str = "auto"
     """naive (softmax of the whole score matrix) | chunked (lax.scan over blocks of queries, each
-    rematerialised) | auto (chunked from sequence 4,096)."""
+    rematerialised) | auto (chunked from sequence 4,096) | ring (keys and values go round the mesh
+    axis ``context``, which splits the sequence: `graphs.zoo.ring`)."""
     query_chunk: int = 512
-    """Queries of a block, chunked attention."""
+    """Queries of a block, chunked attention; the most of one in a ring."""
+    mesh_shape: tuple[tuple[str, int], ...] = ()
+    """(axis, size) of the whole mesh, which a ring needs."""
+    zigzag: bool = True
+    """Tokens of a ring's sequences lie in zig-zag order (`graphs.zoo.ring`), so that devices have
+    equal work; else contiguous."""
     moe: str = "capacity"
     """capacity (each expert takes a fixed number of tokens of each sequence) | dropless
     (ragged_dot over tokens sorted by expert)."""
@@ -50,11 +59,23 @@ class RunOptions:
                     f"train step option {field}={getattr(self, field)!r} is unknown; "
                     f"choose one of {', '.join(allowed)}"
                 )
+        if self.attention == "ring" and dict(self.mesh_shape).get(CONTEXT, 1) < 2:
+            raise MeshwrightError(
+                f"attention=ring goes round a mesh axis {CONTEXT!r} of at least 2 devices, this mesh "
+                f"is {dict(self.mesh_shape)}; give mesh_shape with that axis or another attention"
+            )
         if self.query_chunk < 1 or self.loss_chunks < 1:
             raise MeshwrightError(
                 f"train step options query_chunk={self.query_chunk} and "
                 f"loss_chunks={self.loss_chunks} must be at least 1"
             )
+
+    def order(self, seq_len: int) -> np.ndarray | None:
+        """int32 [S]: the position in the sequence of each slot of the program; None where slots are
+        in the sequence's order."""
+        if self.attention != "ring" or not self.zigzag:
+            return None
+        return sequence_order(seq_len, dict(self.mesh_shape)[CONTEXT], zigzag=True)
 
     def chunked(self, seq_len: int) -> bool:
         """Whether attention over this sequence runs in blocks of queries."""

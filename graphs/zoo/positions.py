@@ -6,14 +6,19 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Rotary = tuple[jax.Array, jax.Array]
 """(cos, sin), each [S, width / 2] float32."""
 
 
-def rotary_tables(seq_len: int, width: int, theta: float) -> Rotary:
+def rotary_tables(
+    seq_len: int, width: int, theta: float, order: np.ndarray | None = None
+) -> Rotary:
+    """order: int [S] positions of the slots, where they are not 0, 1, ... (`RunOptions.order`)."""
     exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
-    angle = jnp.arange(seq_len, dtype=jnp.float32)[:, None] * (theta**-exponent)[None, :]
+    positions = jnp.arange(seq_len) if order is None else jnp.asarray(order)
+    angle = positions.astype(jnp.float32)[:, None] * (theta**-exponent)[None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
 

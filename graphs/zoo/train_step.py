@@ -6,9 +6,10 @@ nested dict of float32 arrays, batch a dict of int32 tokens. Nothing is allocate
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from graphs.zoo.config import ModelConfig
 from graphs.zoo.decoder import Decoder
 from graphs.zoo.loss import cross_entropy
 from graphs.zoo.options import RunOptions
+from graphs.zoo.ring import CONTEXT, ring_mesh, sequence_order
 from graphs.zoo.update_rules import learning_rates, update_rule
 
 TrainStep = Callable[[Any, Any, Any], tuple[Any, Any, dict[str, jax.Array]]]
@@ -37,6 +39,8 @@ def build_train_step(
     scan: bool = True,
     attention: str = "auto",
     query_chunk: int = 512,
+    mesh_shape: Mapping[str, int] | None = None,
+    zigzag: bool = True,
     moe: str = "capacity",
     loss_chunks: int = 1,
     optimizer_state_dtype: str = "float32",
@@ -49,7 +53,8 @@ def build_train_step(
     """(train_step, abstract arguments, donate_argnums) of one model.
 
     global_batch: sequences of one step, a multiple of microbatches. seq_len: tokens of each, the
-    model's default where None. Options: see RunOptions; warmup_steps and decay_steps: see
+    model's default where None. mesh_shape: axis -> size of the whole mesh, which attention=ring needs;
+    its specs name these axes. Options: see RunOptions; warmup_steps and decay_steps: see
     update_rules.learning_rates. Raises MeshwrightError.
     """
     seq_len = config.seq_len if seq_len is None else seq_len
@@ -58,10 +63,13 @@ def build_train_step(
         scan=scan,
         attention=attention,
         query_chunk=query_chunk,
+        mesh_shape=tuple((mesh_shape or {}).items()),
+        zigzag=zigzag,
         moe=moe,
         loss_chunks=loss_chunks,
         compute_dtype=compute_dtype,
     )
+    options = check_ring(config, options, seq_len)
     _check_batch(config, global_batch, seq_len, microbatches, loss_chunks)
     rule = update_rule(
         optimizer,
@@ -87,7 +95,19 @@ def build_train_step(
 
     opt_state = jax.eval_shape(rule.init, params)
     batch = abstract_batch(config, global_batch, seq_len)
-    return train_step, (params, opt_state, batch), (0, 1)
+    step = train_step if options.attention != "ring" else _under_mesh(train_step, options)
+    return step, (params, opt_state, batch), (0, 1)
+
+
+def _under_mesh(train_step: TrainStep, options: RunOptions) -> TrainStep:
+    """The step traced under its ring's mesh, so that its operations are the same under none."""
+
+    @functools.wraps(train_step)
+    def wrapped(params, opt_state, batch):
+        with jax.sharding.use_abstract_mesh(ring_mesh(options.mesh_shape)):
+            return train_step(params, opt_state, batch)
+
+    return wrapped
 
 
 def init_state(
@@ -156,6 +176,7 @@ def abstract_batch(config: ModelConfig, global_batch: int, seq_len: int) -> dict
 
 def loss_of(model, batch: dict[str, jax.Array]) -> jax.Array:
     """Mean next-token loss of a model on a batch, float32 scalar."""
+    batch = in_order(model.options, batch)
     if model.config.encoder_layers:
         hidden = model.hidden(batch["encoder_inputs"], batch["inputs"])
     else:
@@ -167,6 +188,30 @@ def loss_of(model, batch: dict[str, jax.Array]) -> jax.Array:
         softcap=model.config.logit_softcap,
         chunks=model.options.loss_chunks,
     )
+
+
+def in_order(options: RunOptions, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The tokens in the order that the options' sequences have; what is said of all is the same."""
+    order = options.order(batch["inputs"].shape[1])
+    return batch if order is None else {name: x[:, order] for name, x in batch.items()}
+
+
+def check_ring(config: ModelConfig, options: RunOptions, seq_len: int) -> RunOptions:
+    """The options, contiguous where the order of tokens decides which of them experts drop.
+
+    Raises MeshwrightError where the model or the sequence has no ring.
+    """
+    if options.attention != "ring":
+        return options
+    if config.encoder_layers:
+        raise MeshwrightError(
+            f"model {config.name!r} is an encoder-decoder, which attention=ring does not know; "
+            "use another attention"
+        )
+    if config.n_experts and options.moe == "capacity":
+        options = dataclasses.replace(options, zigzag=False)
+    sequence_order(seq_len, dict(options.mesh_shape)[CONTEXT], zigzag=options.zigzag)
+    return options
 
 
 def _model(config: ModelConfig, options: RunOptions, rngs: nnx.Rngs) -> nnx.Module:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cost_model.cluster import parse_cluster
 from cost_model.jobs import shape as shapes
-from cost_model.jobs.columns import DTYPE_BYTES, Jobs, model_columns
+from cost_model.jobs.columns import DTYPE_BYTES, RING, Jobs, model_columns
 from cost_model.jobs.runs import jobs_of, read_row
 from graphs.errors import MeshwrightError
 
@@ -139,4 +139,6 @@ def describe_job(
         raise MeshwrightError(f"job {known.name!r} on {cluster!r} cannot be described: {problem}")
     job = jobs_of([run])
     saved = OPTIMIZER_STATES[optimizer_state]
-    return job.replace(**model_columns(known), master_bytes=job.master_bytes - saved)
+    return job.replace(
+        **model_columns(known), master_bytes=job.master_bytes - saved, context_form=RING
+    )

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from cost_model.jobs import constants as constants_module
+from cost_model.jobs.columns import CONTEXT_FORMS
 from cost_model.jobs.constants import Constants
 from cost_model.jobs.memory import memory
 from cost_model.jobs.step import StepTime, step_time
@@ -17,7 +18,7 @@ _WORDS = {
     "compute_s": "computation",
     "remat_s": "recomputation",
     "tensor_s": "tensor-parallel collectives",
-    "context_s": "gathers of keys and values",
+    "context_s": "keys and values of other devices",
     "expert_s": "expert all-to-all",
     "sharded_s": "gathers and reductions of sharded weights",
     "gradient_s": "gradient reduction",
@@ -52,24 +53,29 @@ def neighbours(plan: JobPlan, constants: Constants | None = None) -> list[Neighb
     chosen = constants or constants_module.load()
     space = groups(plan.job)
     found = []
-    for name in ("tp", "pp", "cp", "ep", "vpp", "micro_batch", "zero_stage"):
+    for name in ("tp", "pp", "cp", "context_form", "ep", "vpp", "micro_batch", "zero_stage"):
+        if name == "context_form" and not plan.context:
+            continue
         values = np.unique(getattr(space, name))
         here = plan.degrees[name]
         near = [*values[values < here][-1:], *values[values > here][:1]]
         for value in near:
             part = space.take(np.flatnonzero(getattr(space, name) == value))
-            found.append(
-                Neighbour(change=f"{name} {value:g}", step_time_s=_fastest(plan, part, chosen))
-            )
+            change = f"{name} {value:g}"
+            if name == "context_form":
+                change = f"keys and values {CONTEXT_FORMS[int(value)]}"
+            found.append(Neighbour(change=change, step_time_s=_fastest(plan, part, chosen)))
     return found
 
 
 def explain(plan: JobPlan, constants: Constants | None = None) -> str:
     """The plan in words: degrees, where the time goes, what the next best choices would cost."""
-    hidden = ("schedule", "first_layers", "last_layers")
+    hidden = ("schedule", "first_layers", "last_layers", "context_form")
     degrees = ", ".join(f"{k} {v:g}" for k, v in plan.degrees.items() if k not in hidden)
     if plan.schedule:
         degrees += f", {plan.schedule}"
+    if plan.context in ("ring", "gathered"):
+        degrees += f", keys and values {'in a ring' if plan.context == 'ring' else 'gathered'}"
     if plan.degrees["first_layers"] >= 0:
         degrees += (
             f" with {plan.degrees['first_layers']:g} layers on the first stage and "

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from cost_model.jobs import constants as constants_module
-from cost_model.jobs.columns import SCHEDULES, Jobs
+from cost_model.jobs.columns import CONTEXT_FORMS, SCHEDULES, Jobs
 from cost_model.jobs.constants import Constants
 from cost_model.jobs.memory import memory
 from cost_model.jobs.step import step_time
@@ -25,8 +25,8 @@ from graphs.errors import MeshwrightError
 from placement.jobs.space import REMAT, Groups, groups, members
 
 DEGREES = (
-    "dp fsdp zero_stage tp sp pp vpp cp ep micro_batch schedule first_layers last_layers".split()
-)
+    "dp fsdp zero_stage tp sp pp vpp cp context_form ep micro_batch schedule first_layers last_layers"
+).split()
 """Columns of a job that a search decides, rematerialisation and offload apart."""
 _CHUNK = 2048
 
@@ -36,7 +36,7 @@ class JobPlan:
     """A whole job's plan."""
 
     degrees: dict[str, float]
-    """dp, fsdp, zero_stage, tp, sp, pp, vpp, cp, ep, micro_batch, schedule, first_layers,
+    """dp, fsdp, zero_stage, tp, sp, pp, vpp, cp, context_form, ep, micro_batch, schedule, first_layers,
     last_layers: `cost_model.jobs.columns.Jobs`."""
     remat: str
     """a policy of `space.REMAT`, or "as given" for the configuration the search started from."""
@@ -57,6 +57,13 @@ class JobPlan:
             return ""
         name = SCHEDULES[int(self.degrees["schedule"])]
         return "interleaved" if self.degrees["vpp"] > 1 else name
+
+    @property
+    def context(self) -> str:
+        """How keys and values of a split sequence meet the queries; empty where none is split."""
+        if self.degrees.get("cp", 1) <= 1:
+            return ""
+        return CONTEXT_FORMS[int(self.degrees["context_form"])]
 
     @property
     def gap(self) -> float:

@@ -1,7 +1,8 @@
 """The plan space of a whole job: every combination of degrees, schedule, microbatch and memory use.
 
-A *group* fixes what decides the lower bounds: tensor, context, pipeline and expert degrees, chunks
-per stage, microbatch, and how weights are sharded. Its *members* differ in rematerialisation and
+A *group* fixes what decides the lower bounds: tensor, context, pipeline and expert degrees, whether
+keys and values of a split sequence go round a ring or are gathered, chunks per stage, microbatch, and
+how weights are sharded. Its *members* differ in rematerialisation and
 offload, which only add time and only take away memory.
 """
 
@@ -13,7 +14,7 @@ import math
 
 import numpy as np
 
-from cost_model.jobs.columns import SCHEDULES, Jobs
+from cost_model.jobs.columns import GATHERED, RING, SCHEDULES, Jobs
 
 REMAT = {
     # name: what is computed again, and the share of the kept activations that goes to the host
@@ -51,6 +52,8 @@ class Groups:
     first_layers: np.ndarray
     """layers of the first stage, -1: as even as stages are."""
     last_layers: np.ndarray
+    context_form: np.ndarray
+    """index into `cost_model.jobs.columns.CONTEXT_FORMS`."""
 
     @property
     def n_groups(self) -> int:
@@ -82,6 +85,9 @@ def groups(job: Jobs) -> Groups:
         if batch % dp:
             continue
         local = batch / dp
+        # a published run's framework decides for it: it has one form
+        form = one["context_form"]
+        forms = (RING, GATHERED) if cp > 1 and form in (RING, GATHERED) else (form,)
         micros = [b for b in _divisors(int(local), int(_MAX_MICRO))]
         expert = [e for e in _divisors(experts, dp * cp * tp) if dp * cp * tp % e == 0] or [1]
         for micro in micros:
@@ -90,10 +96,11 @@ def groups(job: Jobs) -> Groups:
             for shape, ep in itertools.product(shapes, expert):
                 vpp, *rest = shape
                 rows.extend(
-                    (tp, cp, pp, vpp, ep, dp, micro, zero, fsdp, *rest)
+                    (tp, cp, pp, vpp, ep, dp, micro, zero, fsdp, *rest, form)
                     for zero, fsdp in _shardings(dp * cp, pp, domain // max(tp, 1))
+                    for form in forms
                 )
-    columns = np.array(rows, float).reshape(-1, 12).T
+    columns = np.array(rows, float).reshape(-1, len(dataclasses.fields(Groups))).T
     names = [f.name for f in dataclasses.fields(Groups)]
     return Groups(**dict(zip(names, columns)))
 
@@ -122,6 +129,7 @@ def members(job: Jobs, chosen: Groups, remat: str) -> Jobs:
         schedule=chosen.schedule,
         first_layers=chosen.first_layers,
         last_layers=chosen.last_layers,
+        context_form=chosen.context_form,
         sp=(chosen.tp > 1).astype(float),
         offload=offload,
         **shares,

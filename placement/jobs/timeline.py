@@ -120,6 +120,7 @@ class _Drawing:
         job = plan.job
         self.piece, self.m = piece, m
         self.pp, self.vpp = int(job.pp[0]), int(job.vpp[0])
+        self.context = "collective-permute" if plan.context == "ring" else "all-gather"
         self.schedule = SCHEDULES[int(job.schedule[0])]
         stages = counts.layers_per_stage(job)
         layers = np.full(self.pp, float(stages.middle[0]))
@@ -206,7 +207,7 @@ class _Drawing:
         lane_seconds = (
             ("tensor", float(self.piece.tensor[0]) * share[0], "all-reduce"),
             ("expert", float(self.piece.expert[0]) * share[1], "all-to-all"),
-            ("context", float(self.piece.context[0]) * share[0], "all-gather"),
+            ("context", float(self.piece.context[0]) * share[0], self.context),
             ("data", float(self.piece.sharded[0]) * share[1], "all-gather"),
         )
         at = end

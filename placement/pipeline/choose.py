@@ -19,7 +19,7 @@ import numpy as np
 from cost_model.cluster import parse_cluster
 from cost_model.estimate import Estimate
 from cost_model.jobs import constants as constants_module
-from cost_model.jobs.columns import SCHEDULES, Jobs
+from cost_model.jobs.columns import CONTEXT_FORMS, GATHERED, RING, SCHEDULES, Jobs
 from cost_model.jobs.memory import memory
 from cost_model.jobs.step import step_time
 from cost_model.layout import layout_for
@@ -93,9 +93,13 @@ def choose(
     microbatches: int | None = None,
     stages: int | None = None,
     optimizer_state: str = "float32",
+    attention: str | None = None,
     time_limit_s: float = 4.0,
 ) -> Choice:
     """Search both kinds of job.
+
+    attention: the train step's where it is pinned; a ring is one of its forms
+    (`graphs.zoo.options.ATTENTION_FORMS`).
 
     Raises MeshwrightError where the model cannot have stages or the job model does not know the
     device.
@@ -125,6 +129,10 @@ def choose(
         mask &= (np.mod(layers, g.pp * g.vpp * unit) == 0) | (unit == 1)
         if config.n_experts:
             mask &= g.cp == 1
+        if attention == "ring":
+            mask &= (g.cp > 1) & (g.context_form == RING)
+        elif attention is not None:
+            mask &= (g.cp == 1) | (g.context_form == GATHERED)
         for i in np.flatnonzero(mask):
             mask[i] = _composable(cluster, *mesh_of({k: getattr(g, k)[i] for k in _AXES}).values())
         return mask
@@ -193,6 +201,8 @@ def staged_plan(config: ModelConfig, choice: Choice, *, cluster: str, **fixed: A
             "a smaller batch, or no stages"
         )
     d, main = found.degrees, pipelined_segment(config)
+    if found.context == "ring":
+        fixed = {**fixed, "attention": "ring"}
     count = int(fixed["global_batch"] / (d["dp"] * d["micro_batch"]))
     chunks = int(d["vpp"])
     plan = pipelined_plan(
@@ -222,9 +232,26 @@ def staged_plan(config: ModelConfig, choice: Choice, *, cluster: str, **fixed: A
             f"{schedule}; {choice.sentence()}.",
             f"at most {found.step_time_s / choice.lower_bound_s - 1:.1%} above the bound of all jobs "
             "that a step can be built for.",
+            *_about_context(found),
             *plan.reasons,
         ),
     )
+
+
+def _about_context(found: JobPlan) -> tuple[str, ...]:
+    """How keys and values of a split sequence meet the queries, and what the other way would take."""
+    if not found.context:
+        return ()
+    ways = int(found.degrees["cp"])
+    words = {
+        "ring": f"keys and values go round a ring of {ways} devices",
+        "gathered": f"keys and values are gathered from {ways} devices",
+    }
+    other = "gathered" if found.context == "ring" else "ring"
+    changed = found.job.replace(context_form=CONTEXT_FORMS.index(other))
+    seconds = float(step_time(changed, constants_module.load()).step_time_s[0])
+    change = seconds / found.step_time_s - 1
+    return (f"{words[found.context]}; where {words[other]} the step takes {change:+.2%}.",)
 
 
 def estimate_of(found: JobPlan) -> Estimate:

@@ -103,6 +103,26 @@ def update_shardings(params: Any, mesh: Any, segment: str) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+def pinned_weights(weights: Any, segment: str) -> Any:
+    """Weights inside a map, held by the automatic axes as their specs say; gradients likewise.
+
+    Without it optimizer state that is split over more axes reaches back into the embedding's gradient,
+    a scatter that XLA's partitioner cannot split along two axes under a manual one (the process ends).
+    """
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+    free = {a: n for a, n in mesh.shape.items() if kinds[a] == AxisType.Auto}
+
+    def one(path, leaf):
+        spec = weight_spec(path, leaf.shape, free, segment)
+        spec = PartitionSpec(*[axes or None for axes in spec])
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(one, weights) if free else weights
+
+
 def argument_specs(
     args: tuple, mesh_shape: Mapping[str, int], segment: str, zero_stage: int
 ) -> list[Spec]:

@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from graphs.zoo.config import ModelConfig
 from graphs.zoo.options import RunOptions
-from graphs.zoo.train_step import abstract_batch, abstract_model
+from graphs.zoo.train_step import abstract_batch, abstract_model, check_ring
 from graphs.zoo.update_rules import update_rule
 from placement.pipeline.chunk_backward import split_backward, whole_backward
 from placement.pipeline.schedule import ZERO_BUBBLE, Schedule
@@ -52,8 +52,11 @@ class _Stage:
 
     def __init__(self, plan: Plan, config: ModelConfig) -> None:
         program = plan.program
+        self.mesh = {k: v for k, v in plan.mesh_shape.items() if k != STAGE} or {DATA: 1}
         options = {f.name for f in dataclasses.fields(RunOptions)}
-        run = RunOptions(**{k: v for k, v in program.items() if k in options})
+        given = {k: v for k, v in program.items() if k in options}
+        run = RunOptions(**{**given, "mesh_shape": tuple(self.mesh.items())})
+        run = check_ring(config, run, program["seq_len"])
         self.segment = pipelined_segment(config)
         self.schedule = Schedule(
             kind=program["schedule"],
@@ -74,7 +77,6 @@ class _Stage:
             clip_norm=program.get("clip_norm", 1.0),
             state_dtype=program.get("optimizer_state_dtype", "float32"),
         )
-        self.mesh = {k: v for k, v in plan.mesh_shape.items() if k != STAGE} or {DATA: 1}
         self.abstract_mesh = AbstractMesh(tuple(self.mesh.values()), tuple(self.mesh))
         self.activations = PartitionSpec(
             *[tuple(e) if isinstance(e, list) else e for e in program["activation_spec"]]

@@ -227,7 +227,7 @@ def _layer(config: ModelConfig, options: RunOptions, main: Segment, seq_len: int
     def one(weights, shared, x, valid):
         layer = nnx.merge(layer_def, weights)
         if not config.encoder_layers:
-            return jnp.where(valid, layer(x, _rotary(config, seq_len)), x)
+            return jnp.where(valid, layer(x, _rotary(config, options, seq_len)), x)
         x, memory = jnp.split(x, 2, axis=-1)
         y = layer(x, memory, shared["decoder_positions"])
         return jnp.concatenate([jnp.where(valid, y, x), memory], axis=-1)
@@ -235,13 +235,13 @@ def _layer(config: ModelConfig, options: RunOptions, main: Segment, seq_len: int
     return one
 
 
-def _rotary(config: ModelConfig, seq_len: int):
+def _rotary(config: ModelConfig, options: RunOptions, seq_len: int):
     from graphs.zoo.positions import rotary_tables
 
     if config.position != "rope":
         return None
     width = config.qk_rope_dim if config.attention == "mla" else config.head_dim
-    return rotary_tables(seq_len, width, config.rope_theta)
+    return rotary_tables(seq_len, width, config.rope_theta, options.order(seq_len))
 
 
 def uneven(n_layers: int, stages: int, chunks: int, counts: Sequence[int] | None) -> Layout:

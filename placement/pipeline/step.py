@@ -28,7 +28,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from graphs.errors import MeshwrightError
 from graphs.zoo.config import ModelConfig
 from graphs.zoo.options import RunOptions
-from graphs.zoo.train_step import abstract_batch, abstract_model
+from graphs.zoo.train_step import abstract_batch, abstract_model, check_ring, in_order
 from graphs.zoo.update_rules import learning_rates, update_rule
 from placement.pipeline.schedule import Schedule
 from placement.pipeline.shardings import DATA, STAGE, update_shardings
@@ -90,7 +90,7 @@ def build_pipelined_step(
             f"{microbatches} microbatches on {replicas} replicas do not divide a batch of "
             f"{global_batch} sequences; give divisors"
         )
-    run = RunOptions(**options)
+    run = check_ring(config, RunOptions(**options, mesh_shape=tuple(mesh_shape.items())), seq_len)
     main = pipelined_segment(config)
     layout = uneven(main.repeats, stages, chunks, layers)
     parts = stage_functions(config, run, seq_len)
@@ -114,7 +114,7 @@ def build_pipelined_step(
     )
 
     def train_step(params, opt_state, batch):
-        loss, grads = gradients(params, batch)
+        loss, grads = gradients(params, in_order(run, batch))
         if zero_stage >= 1:
             own = update_shardings(params, mesh, parts.segment)
             grads, params = jax.lax.with_sharding_constraint((grads, params), (own, own))

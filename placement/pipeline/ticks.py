@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from placement.pipeline.chunk_backward import split_backward, whole_backward
 from placement.pipeline.schedule import ZERO_BUBBLE, Phase, Schedule
-from placement.pipeline.shardings import STAGE
+from placement.pipeline.shardings import STAGE, pinned_weights
 
 
 class StageWorker:
@@ -228,7 +228,11 @@ class StageWorker:
     def embedding_gradient(self, outer: Any, dx: jax.Array, j: jax.Array) -> Any:
         """Sums of gradients `outer` with those of microbatch j's embedding."""
         tokens = _microbatch(self.tokens, j)
-        _, pull = jax.vjp(lambda outer: self.parts.embed(outer, tokens), self.outer)
+
+        def embed(outer):  # the gradient of outer is laid out as outer is
+            return self.parts.embed(pinned_weights(outer, self.parts.segment), tokens)
+
+        _, pull = jax.vjp(embed, self.outer)
         (d_outer,) = pull(dx)
         return jax.tree.map(jnp.add, outer, d_outer)
 

@@ -240,6 +240,32 @@ def test_intervals_hold_the_mean_and_widen_with_the_spread(rows):
     assert mean is not None and mean.low < mean.value < mean.high
 
 
+def test_a_run_cut_by_the_clock_was_not_given_all_its_evaluations(rows):
+    ended = _row("p", "validation", "evolution", 0, [(5, 3.0, 1.0)]) | {"max_evaluations": 4096}
+    cut = ended | {"time_limit_s": ended["curve"].total_seconds}
+    for row, deep in ((ended, 1), (cut, 0)):
+        assert len(Runs([row]).deep_enough("p", "evolution", 4096)) == deep
+
+
+def test_one_second_is_judged_by_the_run_that_knows_of_it(rows):
+    text = "1 s of processor time: no worse than the best other (engine)"
+    mine = [dict(r, optimizer="seed1") for r in rows if r["optimizer"] == "learned"]
+    late = [
+        dict(r, curve=_row("", "", "", 0, [(1, 5.0, r["curve"].step_time_s[0])])["curve"])
+        for r in mine
+    ]
+    hurried = [dict(r, optimizer="seed1_1s") for r in rows if r["optimizer"] == "learned_1s"]
+    others = [
+        dict(r, curve=_row("", "", "", 0, [(1, 0.9, 2 * r["curve"].step_time_s[0])])["curve"])
+        if r["optimizer"] == "engine"
+        else r
+        for r in rows
+    ]
+    for more, met in (([], False), (hurried, True)):
+        runs = Runs([*others, *late, *more])
+        assert {t.text: t.met for t in targets(runs, "seed1")}[text] is met
+
+
 def test_targets_follow_the_numbers(rows):
     found = {t.text: t for t in targets(Runs(rows))}
     text = next(t for t in found if t.startswith("64 evaluations: at most 0.90"))

@@ -26,7 +26,7 @@ from placement.learned.features import observe
 from placement.learned.instance import Instance
 from placement.learned.policy import load_policy, save_weights
 from placement.learned.problems import PlanningProblem
-from placement.learned.scoring import ranking
+from placement.learned.scoring import cautious, ranking
 from placement.learned.search import plan_instance
 from placement.learned.surrogate import Surrogate
 from placement.learned.wires import axes_of
@@ -242,6 +242,12 @@ def test_the_shipped_weights_are_small_and_say_where_they_come_from():
     shipped = load_policy("learned")
     assert 0 < 4 * shipped.n_parameters < 20e6
     assert {"config", "splits", "problems"} <= set(shipped.facts)
+
+
+def test_a_candidate_that_one_member_doubts_counts_as_doubtful():
+    fits = [np.array([5.0, -3.0, 4.0, -1.0]), np.array([3.0, 9.0, 0.5, -2.0])]
+    assert np.array_equal(cautious(fits), [4.0, -3.0, 2.25, -2.0])
+    assert np.array_equal(cautious(fits[:1]), fits[0])
 
 
 @pytest.mark.parametrize("kind", ["missing", "garbage", "other"])

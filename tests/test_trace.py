@@ -101,3 +101,18 @@ def test_a_primitive_without_a_rule_is_kept_whole_with_a_warning_or_refused():
 def test_networkx_export_has_every_op():
     graph = trace(lambda x: jnp.tanh(x) @ x, arg(8, 8))
     assert graph.to_networkx().number_of_nodes() == len(graph.ops)
+
+
+def test_tracing_leaves_the_collector_as_it_was():
+    import gc
+
+    x = jax.ShapeDtypeStruct((4,), jnp.float32)
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            trace(jnp.sin, x)
+            with pytest.raises(MeshwrightError):
+                trace(lambda a: a.missing, x)
+            assert gc.isenabled() is enabled
+        finally:
+            gc.enable()

@@ -17,7 +17,7 @@ not decide between them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -30,9 +30,10 @@ from placement.learned.genome import (
     fully_sharded,
     genome_of,
     genome_of_path,
+    index_of,
     n_options,
 )
-from placement.learned.instance import SOLVER_STEPS, Instance, Outer
+from placement.learned.instance import SOLVER_STEPS, Instance, Outcome, Outer
 from placement.mesh_search import EXPOSURES
 from placement.whole import REMAT
 
@@ -51,9 +52,7 @@ class Scorer:
         self._speakers: dict[tuple[int, int, int], Speaker] = {}
 
     def outer(self, g: Genome) -> Outer:
-        i = self.instance
-        place = (g.remat * len(i.microbatches) + g.microbatches) * len(i.layouts) + g.layout
-        return i.outers[place]
+        return self.instance.outers[index_of(self.instance, g)]
 
     def __call__(self, g: Genome) -> float:
         """Log of the step time, with excess memory charged; lower is better."""
@@ -64,8 +63,13 @@ class Scorer:
             size=lambda s: s.tables.problem.edge_costs.nbytes // 8 + 1,
         )
         found = self.recorder.offer(outer, self.instance.judge(outer, speaker.choices(g.plan)))
-        excess = max(0.0, found.memory_bytes / self.instance.limit_bytes - 1.0)
-        return math.log(found.step_time_s) + (1.0 + 2.0 * excess if excess else 0.0)
+        return penalised(found, self.instance.limit_bytes)
+
+
+def penalised(found: Outcome, limit_bytes: float) -> float:
+    """Log of the step time, with excess memory charged."""
+    excess = max(0.0, found.memory_bytes / limit_bytes - 1.0)
+    return math.log(found.step_time_s) + (1.0 + 2.0 * excess if excess else 0.0)
 
 
 def outer_order(instance: Instance, seed: int) -> Iterator[int]:
@@ -143,16 +147,24 @@ def evolution(instance: Instance, *, max_evaluations: int, time_limit_s: float, 
         genome = genome_of(instance, index, random_plan(rng))
         pool.append((score(genome), genome))
     while not recorder.over():
-        parents = []
-        for _ in range(2):
-            a, b = rng.choice(len(pool), 2)
-            parents.append(min(pool[a], pool[b], key=lambda x: x[0])[1])
-        child = crossed(rng, *parents)
-        for _ in range(int(rng.integers(1, 3))):
-            child = changed(instance, rng, child)
+        child = offspring(instance, rng, pool)
         pool.append((score(child), child))
         pool.remove(max(pool, key=lambda x: x[0]))
     return recorder.curve()
+
+
+def offspring(
+    instance: Instance, rng: np.random.Generator, pool: Sequence[tuple[float, Genome]]
+) -> Genome:
+    """A child of two tournaments of two in a pool of (value, genome)."""
+    parents = []
+    for _ in range(2):
+        a, b = rng.choice(len(pool), 2)
+        parents.append(min(pool[a], pool[b], key=lambda x: x[0])[1])
+    child = crossed(rng, *parents)
+    for _ in range(int(rng.integers(1, 3))):
+        child = changed(instance, rng, child)
+    return child
 
 
 def tree_search(

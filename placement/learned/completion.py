@@ -65,9 +65,15 @@ class Completer:
         )
 
     def __call__(
-        self, fixed: np.ndarray, seconds_per_limit: float = 0.0, *, binding: bool = True
+        self,
+        fixed: np.ndarray,
+        seconds_per_limit: float = 0.0,
+        *,
+        binding: bool = True,
+        start: np.ndarray | None = None,
     ) -> np.ndarray:
-        """[N] choices; ``fixed`` [N] holds a choice or -1.
+        """[N] choices; ``fixed`` [N] holds a choice or -1, ``start`` [N] choices to begin with at
+        the free nodes, by default none.
 
         Where the fixed choices do not bind, they are the start of single changes to all nodes.
 
@@ -82,8 +88,28 @@ class Completer:
             p.edge_offsets, p.edge_costs, self.first, self.edges, self.lows, self.low_offsets,
         )  # fmt: skip
         fixed = np.asarray(fixed, np.int64)
-        x = _complete(fixed, fixed, *arrays)
+        begin = fixed if start is None else np.where(fixed >= 0, fixed, start)
+        x = _complete(fixed, begin, *arrays)
         return x if binding else _complete(np.full_like(fixed, -1), x, *arrays)
+
+
+def prices(p: Problem, choices: np.ndarray, node: int) -> np.ndarray:
+    """[S] seconds by the tables of each choice of a node, all else as it is."""
+    price = p.node_costs[p.strategy_offsets[node] : p.strategy_offsets[node + 1]].copy()
+    sizes = p.n_strategies()
+    at = (p.edge_nodes[:, 0] == node) | (p.edge_nodes[:, 1] == node)
+    for e in np.flatnonzero(at):
+        i, j = p.edge_nodes[e]
+        table = p.edge_costs[p.edge_offsets[e] : p.edge_offsets[e + 1]]
+        table = table.reshape(sizes[i], sizes[j])
+        price += table[:, choices[j]] if i == node else table[choices[i]]
+    return price
+
+
+def cheapest_others(p: Problem, choices: np.ndarray, node: int) -> np.ndarray:
+    """Other choices of a node, cheapest first by the tables with all else as it is."""
+    order = np.argsort(prices(p, choices, node), kind="stable")
+    return order[order != choices[node]]
 
 
 @numba.njit(cache=True)

@@ -13,10 +13,23 @@ HURRY_S = 1.0
 """Limit of the hurried run, which knows that it has no more."""
 
 
+def hurried_name(policy: str) -> str:
+    """The optimizer that is a policy's hurried run."""
+    return f"{policy}_{HURRY_S:g}s"
+
+
+def is_hurried(optimizer: str) -> bool:
+    """Whether it is the hurried run of some policy."""
+    return optimizer.endswith(hurried_name(""))
+
+
 def contenders(
     extra: Mapping[str, str | None],
 ) -> tuple[dict[str, Callable[..., Curve]], list[str]]:
-    """(optimizer by name, what is missing in words); `extra` maps names to weights files."""
+    """(optimizer by name, what is missing in words); `extra` maps names to weights files.
+
+    Each trained policy runs twice, the second time as one that knows that it has HURRY_S.
+    """
     from placement.learned.policy import load_policy
 
     found: dict[str, Callable[..., Curve]] = {
@@ -35,8 +48,7 @@ def contenders(
             notes.append(f"{name} is skipped: {error}")
             continue
         found[name] = _planner(policy)
-        if name == LEARNED:
-            found[HURRIED] = _planner(policy, HURRY_S)
+        found[hurried_name(name)] = _planner(policy, HURRY_S)
     return found, notes
 
 

@@ -17,6 +17,7 @@ heads).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from functools import cached_property
 
@@ -149,24 +150,50 @@ class Speaker:
                 out[node] = pick
         return out
 
+    def imposed(
+        self, choices: np.ndarray, kind: str, axis: int, wanted: tuple[str, ...]
+    ) -> np.ndarray:
+        """[nodes] int64, what nodes of a kind take where they shard the first of the ``wanted``
+        classes that they have on one axis, and are placed on the others as in ``choices``; -1
+        elsewhere."""
+        sizes = self.tables.layout.mesh.axis_sizes
+        out = np.full(len(self.tables.choices), -1, np.int64)
+        for (node, of, class_sizes, names), rows in zip(self.nodes, self._rows):
+            if of != kind:
+                continue
+            place = self.tables.choices[node].place[choices[node]].tolist()
+            place[axis] = -1
+            load = [math.prod(n for n, p in zip(sizes, place) if p == c) for c in range(len(names))]
+            place[axis] = _first_class(wanted, class_sizes, names, load, sizes[axis])
+            pick = rows.get(tuple(place))
+            if pick is not None:
+                out[node] = pick
+        return out
+
 
 def _placement(wanted, class_sizes, names, axis_sizes) -> tuple[int, ...]:
     """Class on each axis, or -1; the last axes choose first, as the rules' model axis does."""
     place = [-1] * len(axis_sizes)
     load = [1] * len(class_sizes)
     for a in reversed(range(len(axis_sizes))):
-        for name in wanted[a]:
-            found = [
-                c
-                for c in range(len(class_sizes))
-                if name in names[c] and class_sizes[c] % (load[c] * axis_sizes[a]) == 0
-            ]
-            if found:
-                best = max(found, key=lambda c: class_sizes[c] // load[c])
-                place[a] = best
-                load[best] *= axis_sizes[a]
-                break
+        place[a] = _first_class(wanted[a], class_sizes, names, load, axis_sizes[a])
+        if place[a] >= 0:
+            load[place[a]] *= axis_sizes[a]
     return tuple(place)
+
+
+def _first_class(wanted, class_sizes, names, load, devices: int) -> int:
+    """The class of the first of the wanted names that so many more devices divide, or -1; ``load``
+    holds the devices that shard each class already."""
+    for name in wanted:
+        found = [
+            c
+            for c in range(len(class_sizes))
+            if name in names[c] and class_sizes[c] % (load[c] * devices) == 0
+        ]
+        if found:
+            return max(found, key=lambda c: class_sizes[c] // load[c])
+    return -1
 
 
 def _deciding(tables: Tables, names: Names, named: dict[int, str]):

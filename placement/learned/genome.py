@@ -43,6 +43,13 @@ def genome_of(instance: Instance, index: int, plan: ShortPlan) -> Genome:
     return Genome(remat=remat, microbatches=microbatches, layout=layout, plan=plan)
 
 
+def index_of(instance: Instance, g: Genome) -> int:
+    """The outer candidate that a genome is a plan of."""
+    return (g.remat * len(instance.microbatches) + g.microbatches) * len(
+        instance.layouts
+    ) + g.layout
+
+
 def fully_sharded(instance: Instance) -> Genome:
     """Fully sharded data parallelism on the most even mesh of two axes."""
     layouts = instance.layouts

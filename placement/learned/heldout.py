@@ -37,7 +37,6 @@ EVALUATION_SPLITS = tuple(s for s in SPLITS if s != "train")
 
 
 NO_LIMIT = 1 << 30
-_LONGEST_S = 600.0
 
 
 def evaluate(
@@ -51,6 +50,7 @@ def evaluate(
     deep: int = 0,
     deep_evaluations: int = 4096,
     deep_seeds: int = 2,
+    seconds: float = 600.0,
     max_axes: int = 2,
     bounds: int = 0,
     policies: Mapping[str, str | None] | None = None,
@@ -68,6 +68,7 @@ def evaluate(
       deep: problems of each split with `deep_evaluations` as well.
       deep_evaluations: plans that a deep run may judge.
       deep_seeds: seeds of deep runs.
+      seconds: processor seconds that one run may take.
       max_axes: most mesh axes of a candidate; 2 is what ``placement.optimize`` searches.
       bounds: problems of each split whose lower bound over all candidates is computed.
       policies: name -> weights file, for policies beside the shipped one.
@@ -78,6 +79,7 @@ def evaluate(
     """
     from placement.learned import heldout_page, heldout_report
     from placement.learned.baselines import BASELINES
+    from placement.learned.contenders import hurried_name
 
     folder = pathlib.Path(out)
     (folder / "rows").mkdir(parents=True, exist_ok=True)
@@ -87,7 +89,8 @@ def evaluate(
             f"no split {unknown[0]!r} to evaluate; use one of {', '.join(EVALUATION_SPLITS)}"
         )
     runners: dict[str, Callable[..., Curve]] = {**BASELINES, **_learned(dict(policies or {}))}
-    names = list(optimizers or runners)
+    asked_for = {hurried_name(p) for p in policies or {}}  # not run unless they are named
+    names = list(optimizers or [n for n in runners if n not in asked_for])
     if missing := sorted(set(names) - set(runners)):
         raise MeshwrightError(f"no optimizer {missing[0]!r}; use one of {', '.join(runners)}")
     warm = False
@@ -103,7 +106,7 @@ def evaluate(
             _warm_up(problem)
             warm = True
         if todo or wants_bound:
-            _run(folder, problem, todo, runners, max_axes, wants_bound)
+            _run(folder, problem, todo, runners, max_axes, wants_bound, seconds)
     rows = load_rows(folder)
     heldout_report.write(folder, rows)
     if document:
@@ -140,12 +143,12 @@ def _in_turn(splits: Sequence[str], count: int) -> Iterator[tuple[PlanningProble
 def _missing(folder, problem, names, seeds, evaluations, deep_seeds, deep_evaluations):
     """(optimizer, seed, evaluations) of runs without a row, those that fill the store first."""
     from placement.learned.baselines import BASELINES, SCORING, SEEDED
-    from placement.learned.contenders import HURRIED, LEARNED
+    from placement.learned.contenders import LEARNED, is_hurried
 
     for name in sorted(names, key=lambda n: n != "engine"):
         fixed = name in BASELINES and name not in SEEDED
         deepens = name == LEARNED or (name in SCORING and name in SEEDED)
-        for seed in range(1 if fixed or name == HURRIED else seeds):
+        for seed in range(1 if fixed or is_hurried(name) else seeds):
             budget = deep_evaluations if deepens and seed < deep_seeds else evaluations
             if name in ("engine", "rules"):
                 budget = NO_LIMIT
@@ -157,7 +160,7 @@ def _missing(folder, problem, names, seeds, evaluations, deep_seeds, deep_evalua
             yield name, seed, budget
 
 
-def _run(folder, problem, todo, runners, max_axes: int, wants_bound: bool) -> None:
+def _run(folder, problem, todo, runners, max_axes: int, wants_bound: bool, seconds: float) -> None:
     from placement.learned.instance import Instance
 
     instance = Instance(problem, max_axes=max_axes)
@@ -174,11 +177,12 @@ def _run(folder, problem, todo, runners, max_axes: int, wants_bound: bool) -> No
     )
     for name, seed, budget in todo:
         curve = runners[name](
-            instance.fork(), max_evaluations=budget, time_limit_s=_LONGEST_S, seed=seed
+            instance.fork(), max_evaluations=budget, time_limit_s=seconds, seed=seed
         )
         row = common | dict(
-            optimizer=name, seed=seed, max_evaluations=budget, curve=curve.to_dict()
-        )
+            optimizer=name, seed=seed, max_evaluations=budget, time_limit_s=seconds,
+            curve=curve.to_dict(),
+        )  # fmt: skip
         _write(_path(folder, problem.name, name, seed), row)
         best = curve.step_time_s[-1] if curve.step_time_s else float("nan")
         print(

@@ -13,6 +13,7 @@ import numpy as np
 
 from placement.compile_cache import write_atomically
 from placement.learned.baselines import BASELINES
+from placement.learned.contenders import is_hurried
 from placement.learned.heldout_summary import TEN, Mean, Runs, mean_ratio
 from placement.learned.heldout_targets import targets
 
@@ -50,8 +51,9 @@ def write(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def policies(runs: Runs) -> list[str]:
     """Trained policies among the optimizers, the shipped one first."""
-    known = {*BASELINES, "untrained", "uniform", "learned_1s"}
-    return sorted(set(runs.optimizers) - known, key=lambda n: (n != "learned", n))
+    known = {*BASELINES, "untrained", "uniform"}
+    trained = {n for n in runs.optimizers if n not in known and not is_hurried(n)}
+    return sorted(trained, key=lambda n: (n != "learned", n))
 
 
 def summary_rows(runs: Runs) -> list[dict[str, Any]]:

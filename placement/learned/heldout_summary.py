@@ -66,15 +66,13 @@ class Runs:
 
     def deep_enough(self, problem: str, optimizer: str, evaluations: int) -> list[Curve]:
         """Curves that were given so many evaluations, or ended because nothing was left to do."""
-        budgets = [
-            r["max_evaluations"]
-            for r in self.rows
-            if (r["problem"], r["optimizer"]) == (problem, optimizer)
-        ]
+        rows = [r for r in self.rows if (r["problem"], r["optimizer"]) == (problem, optimizer)]
+        limits = [(r["max_evaluations"], r.get("time_limit_s", math.inf)) for r in rows]
         return [
             c
-            for c, b in zip(self.curves(problem, optimizer), budgets)
-            if b >= evaluations or c.total_evaluations < b
+            for c, (budget, limit_s) in zip(self.curves(problem, optimizer), limits)
+            if c.total_evaluations >= evaluations
+            or (c.total_evaluations < budget and c.total_seconds < limit_s)
         ]
 
     def of_split(self, split: str | None) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from placement.learned.anytime import Curve
 from placement.learned.baselines import ENGINES, SCORING
-from placement.learned.contenders import HURRIED, LEARNED
+from placement.learned.contenders import LEARNED, hurried_name
 from placement.learned.heldout_summary import (
     WITHIN,
     Mean,
@@ -42,7 +42,9 @@ def targets(runs: Runs, learned: str = LEARNED) -> list[Target]:
     everywhere = [p for p in held_out if runs.curves(p, learned)]
     if not everywhere:
         return []
-    hurried = HURRIED if learned == LEARNED else learned
+    hurried = hurried_name(learned)
+    if any(not runs.curves(p, hurried) for p in everywhere):
+        hurried = learned
     return [
         *_greedy(runs, learned, everywhere),
         *_at_64(runs, learned, everywhere),

@@ -22,7 +22,7 @@ import numpy as np
 from cost_model.cluster import Cluster
 from graphs.errors import MeshwrightError
 from placement.learned import forward
-from placement.learned.scoring import ranking
+from placement.learned.scoring import cautious, ranking
 
 if TYPE_CHECKING:
     from graphs.groups import Grouping
@@ -36,7 +36,7 @@ class Proposal:
     """What a policy says of K candidates."""
 
     score: np.ndarray
-    """[K] best highest."""
+    """[K] best highest; candidates that a member doubts to fit count as it says."""
     fit: np.ndarray
     """[K] logit of keeping the memory limit."""
     value: np.ndarray
@@ -90,14 +90,15 @@ class Policy:
         found = candidates_of(seen, outers)
         if not self.members:
             zero = np.zeros(len(outers))
-            heads, features = forward.Heads(preference=zero, fit=zero, value=zero), found.rows
+            said, features = [forward.Heads(preference=zero, fit=zero, value=zero)], found.rows
         else:
             arrays = blinded(arrays_of(seen, found), edges=self.edges, mesh=self.mesh)
             features = arrays.rows
             sparse_ = [sparse.csr_matrix(a) for a in arrays.relations]
-            heads = self.heads(dataclasses.replace(arrays, relations=sparse_))
+            said = self.said(dataclasses.replace(arrays, relations=sparse_))
+        heads = _mean(said)
         return Proposal(
-            score=ranking(heads.preference, heads.fit, heads.value),
+            score=ranking(heads.preference, cautious([h.fit for h in said]), heads.value),
             fit=heads.fit,
             value=heads.value,
             features=features,
@@ -107,15 +108,22 @@ class Policy:
 
     def heads(self, arrays: Any) -> forward.Heads:
         """Mean of the members' heads, for arrays that are blinded already."""
-        said = []
-        for params in self.members:
-            states = forward.encode(params, arrays, arrays, np)
-            said.append(forward.outer(params, states, arrays, np))
-        return forward.Heads(
-            preference=np.mean([h.preference for h in said], axis=0),
-            fit=np.mean([h.fit for h in said], axis=0),
-            value=np.mean([h.value for h in said], axis=0),
-        )
+        return _mean(self.said(arrays))
+
+    def said(self, arrays: Any) -> list[forward.Heads]:
+        """The heads of each member."""
+        return [
+            forward.outer(params, forward.encode(params, arrays, arrays, np), arrays, np)
+            for params in self.members
+        ]
+
+
+def _mean(said: Sequence[forward.Heads]) -> forward.Heads:
+    return forward.Heads(
+        preference=np.mean([h.preference for h in said], axis=0),
+        fit=np.mean([h.fit for h in said], axis=0),
+        value=np.mean([h.value for h in said], axis=0),
+    )
 
 
 def load_policy(name: str = "learned", *, seed: int = 0) -> Policy:

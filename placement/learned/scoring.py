@@ -5,12 +5,13 @@ The ranking weighs preference, expected step time and the chance of fitting the 
     score = preference - VALUE_WEIGHT value + FIT_WEIGHT log sigmoid(fit / FIT_SCALE).
 
 The fit head is surer of itself on problems it has not seen than it should be; the scale and the
-weights were chosen on the validation split, for few first choices that do not fit.
+weights were chosen on the validation split, for few first choices that do not fit. Where members of a
+policy disagree on whether a candidate fits, the doubtful one counts (:func:`cautious`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,14 @@ def ranking(preference: np.ndarray, fit: np.ndarray, value: np.ndarray) -> np.nd
 def fit_score(fit: np.ndarray) -> np.ndarray:
     """[K] what the chance of fitting adds to a score, at most 0."""
     return -FIT_WEIGHT * np.logaddexp(0.0, -np.asarray(fit) / FIT_SCALE)
+
+
+def cautious(fits: Sequence[np.ndarray]) -> np.ndarray:
+    """[K] logit of fitting from those of M members, [K] each: their mean, but the lowest where a
+    member thinks that a candidate rather does not fit."""
+    said = np.asarray(fits)
+    lowest = said.min(axis=0)
+    return np.where(lowest < 0.0, lowest, said.mean(axis=0))
 
 
 def report(pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:

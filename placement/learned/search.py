@@ -8,6 +8,8 @@ simulation judges.
    nothing else is: the value head prunes them.
 3. On the best candidates the engine is asked again under other prices of hideable communication.
 4. Then single decisions of the best plan are changed, judged by the simulation, while it improves.
+5. What is left of a budget of more than SHALLOW evaluations is spent on local search
+   (:mod:`placement.learned.deepen`).
 
 Deterministic for a seed; whenever it stops it holds the best plan so far.
 """
@@ -20,7 +22,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from placement.learned import deepen
 from placement.learned.anytime import Curve, Recorder
+from placement.learned.completion import cheapest_others
 from placement.learned.instance import Instance, Outcome, Outer
 from placement.learned.policy import Policy, Proposal, load_policy
 from placement.learned.scoring import fit_score
@@ -45,6 +49,8 @@ OPENED = 24
 about a problem can be wrong at first."""
 REFINED = 3
 """Best candidates whose plans are refined."""
+SHALLOW = 64
+"""Evaluations up to which nothing but that is done; larger budgets go on with local search."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +125,7 @@ class _Search:
             instance, max_evaluations=max_evaluations, time_limit_s=time_limit_s
         )
         self.rng = np.random.default_rng(seed)
+        self.deep_rngs = [np.random.default_rng([seed, n]) for n in (1, 2)]
         # ties, as all are under the uniform policy, are broken by the seed
         self.score = proposal.score + 1e-9 * self.rng.random(len(proposal.score))
         self.surrogate = Surrogate(proposal.value, proposal.fit, proposal.features)
@@ -138,12 +145,42 @@ class _Search:
                 if len(self.opened) % 4 == 0:  # now and then another price for the best
                     self._again()
         self._refine()
-        while not recorder.over() and not self.closed.all():  # nothing else is left to try
-            left = np.where(self.closed, -np.inf, self.score)
+        shallow = min(SHALLOW, recorder.max_evaluations)
+        while not recorder.over() and recorder.evaluations < shallow and not self.closed.all():
+            left = np.where(self.closed, -np.inf, self.score)  # nothing else is left to try
             self._open(int(left.argmax()))
+        if recorder.max_evaluations > SHALLOW and not recorder.over():
+            self._deepen()
 
-    def _next(self) -> int | None:
-        """The candidate to open; None where none is worth it."""
+    def _open_another(self) -> bool:
+        """Open a candidate however little is expected of it; whether anything was left."""
+        k = self._next(least=-1.0)
+        if k is None:
+            return self._again()
+        self._open(k)
+        return True
+
+    def _deepen(self) -> None:
+        """Spend what is left on local search (:mod:`placement.learned.deepen`)."""
+        judge = deepen.Judge(self.instance, self.recorder, self.plans)
+        arms = (
+            deepen.Evolution(judge, self.deep_rngs[0], self._promising),
+            deepen.Annealing(judge, self.deep_rngs[1]),
+            deepen.Descent(judge),
+            deepen.Opening(self._open_another),
+        )
+        deepen.in_turns(self.recorder, arms)
+
+    def _promising(self) -> list[int]:
+        """Candidates by the step time believed or known, those believed not to fit last."""
+        mean, _, fit = self.surrogate.beliefs()
+        mean = mean.copy()
+        for k, plan in self.plans.items():
+            mean[k] = math.log(plan.step_time_s / self.proposal.ideal_s)
+        return np.lexsort((mean, fit < 0)).tolist()
+
+    def _next(self, least: float = WORTH) -> int | None:
+        """The candidate to open; None where none promises more than ``least``."""
         if self.closed.all():
             return None
         allowed = ~self.closed
@@ -164,7 +201,7 @@ class _Search:
             return int(score.argmax())
         best = math.log(self.recorder.best.step_time_s / self.proposal.ideal_s)
         gain = np.where(allowed, self.surrogate.improvement(best), -np.inf) + 1e-12 * self.score
-        if gain.max() <= WORTH and (self.hurried or len(self.opened) >= OPENED):
+        if gain.max() <= least and (self.hurried or len(self.opened) >= OPENED):
             return None
         return int((gain / cost).argmax() if self.hurried else gain.argmax())
 
@@ -210,22 +247,23 @@ class _Search:
 
     def _refine(self) -> None:
         """Change single decisions of the best plans, nodes in random order, while it helps."""
+        recorder = self.recorder
         for k in self._best():
             outer = self.instance.outers[k]
             sizes = self.instance.tables(outer).problem.n_strategies()
             improved = True
-            while improved and not self.recorder.over():
+            while improved and not recorder.over():
                 improved = False
                 for node in self.rng.permutation(np.flatnonzero(sizes > 1)):
-                    if self.recorder.over():
+                    if recorder.over() or recorder.evaluations >= SHALLOW:
                         return
                     improved |= self._move(k, outer, int(node), int(sizes[node]))
 
     def _move(self, k: int, outer: Outer, node: int, size: int) -> bool:
         """A few other choices of one node, those next in price first."""
         choices = self.plans[k].choices
-        order = self._prices(outer, choices, node)
-        for pick in order[:4]:
+        problem = self.instance.tables(outer).problem
+        for pick in cheapest_others(problem, choices, node)[:4]:
             if self.recorder.over():
                 return False
             changed = choices.copy()
@@ -233,17 +271,3 @@ class _Search:
             if self._take(k, self.instance.judge(outer, changed)):
                 return True
         return False
-
-    def _prices(self, outer: Outer, choices: np.ndarray, node: int) -> np.ndarray:
-        """Other choices of a node, cheapest first by the tables with all else as it is."""
-        p = self.instance.tables(outer).problem
-        price = p.node_costs[p.strategy_offsets[node] : p.strategy_offsets[node + 1]].copy()
-        sizes = p.n_strategies()
-        at = (p.edge_nodes[:, 0] == node) | (p.edge_nodes[:, 1] == node)
-        for e in np.flatnonzero(at):
-            i, j = p.edge_nodes[e]
-            table = p.edge_costs[p.edge_offsets[e] : p.edge_offsets[e + 1]]
-            table = table.reshape(sizes[i], sizes[j])
-            price += table[:, choices[j]] if i == node else table[choices[i]]
-        order = np.argsort(price, kind="stable")
-        return order[order != choices[node]]

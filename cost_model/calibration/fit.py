@@ -40,7 +40,7 @@ Errors = dict[str, tuple[int, float, float]]
 
 _MATMUL_BOUNDS: dict[str, tuple[float, float, float]] = {
     "start": (4000, 500, 20000),
-    "compute_factor": (1.03, 0.8, 3.0),
+    "compute_factor": (1.03, 0.5, 3.0),
     "memory_factor": (1.3, 0.9, 3.0),
     "drain_16": (10, 0.01, 100),
     "drain_32": (5, 0.01, 100),

@@ -174,7 +174,7 @@ def _in_turn(splits: Sequence[str], count: int) -> Iterator[tuple[PlanningProble
 
 def _missing(folder, problem, names, seeds, evaluations, deep_seeds, deep_evaluations):
     """(optimizer, seed, evaluations) of runs without a row, those that fill the store first."""
-    from placement.learned.baselines import BASELINES, SCORING, SEEDED
+    from placement.learned.baselines import BASELINES, SCORING, SEEDED, UNLIMITED
     from placement.learned.contenders import LEARNED, is_hurried
 
     for name in sorted(names, key=lambda n: n != "engine"):
@@ -182,7 +182,7 @@ def _missing(folder, problem, names, seeds, evaluations, deep_seeds, deep_evalua
         deepens = name == LEARNED or (name in SCORING and name in SEEDED)
         for seed in range(1 if fixed or is_hurried(name) else seeds):
             budget = deep_evaluations if deepens and seed < deep_seeds else evaluations
-            if name in ("engine", "rules"):
+            if name in UNLIMITED:
                 budget = NO_LIMIT
             path = _path(folder, problem.name, name, seed)
             if path.exists():

@@ -12,6 +12,7 @@ from typing import Any
 from cost_model.cluster import parse_cluster
 from placement.compile_cache import write_atomically
 from placement.learned import outcomes
+from placement.learned.baselines import UNLIMITED
 from placement.learned.contenders import HURRIED, LEARNED, UNIFORM, UNTRAINED, is_hurried
 from placement.learned.heldout_report import EVALUATIONS, SECONDS, cell, policies, table
 from placement.learned.heldout_summary import (
@@ -201,7 +202,7 @@ def _again(folder: str, command: str, rows: Sequence[Mapping[str, Any]], judge: 
         f"`{command}`. {_judged(rows, judge)}\n"
     )
     text += _grid(("policy", "on the problems run", "measured", ""), lines)
-    budget = max(int(r["max_evaluations"]) for r in runs.rows)
+    budget = max(int(r["max_evaluations"]) for r in runs.rows if r["optimizer"] not in UNLIMITED)
     if budget > SHALLOW:
         names = [o for o in runs.optimizers if not is_hurried(o)]
         times = [

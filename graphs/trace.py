@@ -57,8 +57,8 @@ def trace(fn: Callable, *args: Any, donate_argnums: Sequence[int] = ()) -> Graph
 
 @contextlib.contextmanager
 def _without_collection() -> Iterator[None]:
-    """Cyclic garbage is left for later: tracing makes many objects, nearly all of which stay, and
-    collections in between took a quarter of its time."""
+    """Puts off the collection of cyclic garbage: tracing makes many objects, nearly all of which
+    stay. Part of what this saves is spent later, by the next collection."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -168,11 +169,41 @@ def test_suite_goes_on_where_it_was(problem, tmp_path, monkeypatch):
     known = [r for r in summary if r["optimizer"] == "engine" and r["limit"] == "4096"]
     assert known and all(float(r["ratio"]) < 1.05 for r in known)
     assert (tmp_path / "evaluations.png").stat().st_size > 1000
+    said = (tmp_path / heldout.COMMAND).read_text()
+    assert "splits='[validation]'" in said and said.endswith("seeds=2 evaluations=6\n")
     deeper = dict(wanted, deep=1, deep_evaluations=9, deep_seeds=1)
     assert heldout.evaluate(**deeper) == 0
     curves = {(r["optimizer"], r["seed"]): r["curve"] for r in heldout.load_rows(tmp_path)}
     assert curves["random", 0].total_evaluations == 9
     assert curves["random", 1].total_evaluations == 6
+
+
+def test_the_page_adds_what_was_measured_again(rows, tmp_path):
+    def write(folder, found):
+        (folder / "rows").mkdir(parents=True)
+        for n, row in enumerate(found):
+            row = row | {"curve": row["curve"].to_dict(), "judge": heldout.judge_id()}
+            (folder / "rows" / f"{n}.json").write_text(json.dumps(row))
+
+    first, later = tmp_path / "first", tmp_path / "later"
+    write(first, rows)
+    deep = [
+        _row("heldout_family_1", "heldout_family", name, 0, [(1, 1.0, time)], budget=4096)
+        for name, time in (("learned", 3.0), ("annealing", 2.0))
+    ]
+    write(later, deep)
+    wanted = dict(out=str(first), problems=0, document=str(tmp_path / "page.md"))
+    with pytest.raises(MeshwrightError, match="how its runs were made"):
+        heldout.evaluate(**wanted, again=[str(later)])
+    (later / heldout.COMMAND).write_text("meshwright evaluate suite=heldout deep=1")
+    assert heldout.evaluate(**wanted, again=[str(later)]) == 0
+    page = (tmp_path / "page.md").read_text()
+    assert f"problems=0 document={tmp_path / 'page.md'} again='[{later}]'" in page
+    section = page[page.index(f"## Measured again: {later}") :]
+    section = section[: section.index("## Where")]
+    assert "deep=1" in section and "worst ratio 1.5000" in section and "**missed**" in section
+    assert "100.0% of 1 problems | met" in section
+    assert "| problem | annealing | learned |" in section and "| 2 | 3 |" in section
 
 
 def test_unknown_names_are_refused(tmp_path):

@@ -329,3 +329,5 @@ ENGINES: dict[str, Baseline] = {"engine": engine, "engine_random": engine_random
 BASELINES: dict[str, Baseline] = {**SCORING, **ENGINES, "rules": rules}
 SEEDED = ("random", "random_nodes", "annealing", "evolution", "tree_search", "engine_random")
 """Those whose result depends on the seed."""
+UNLIMITED = ("engine", "rules")
+"""Those that the suite lets try all they have."""

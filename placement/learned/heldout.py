@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import inspect
 import json
 import pathlib
 import re
@@ -37,6 +38,9 @@ EVALUATION_SPLITS = tuple(s for s in SPLITS if s != "train")
 
 
 NO_LIMIT = 1 << 30
+COMMAND = "command.txt"
+"""File of a folder that says by what its runs were made."""
+_COMMAND = "meshwright evaluate suite=heldout"
 
 
 def evaluate(
@@ -55,6 +59,7 @@ def evaluate(
     bounds: int = 0,
     policies: Mapping[str, str | None] | None = None,
     document: str | None = None,
+    again: Sequence[str] | None = None,
 ) -> int:
     """Run what is missing, then write tables, pictures and, if asked for, the document.
 
@@ -73,6 +78,7 @@ def evaluate(
       bounds: problems of each split whose lower bound over all candidates is computed.
       policies: name -> weights file, for policies beside the shipped one.
       document: page to write.
+      again: folders of later runs of a part of the suite, whose results the page adds.
 
     Returns:
       0.
@@ -81,6 +87,7 @@ def evaluate(
     from placement.learned.baselines import BASELINES
     from placement.learned.contenders import hurried_name
 
+    given = _arguments(locals())
     folder = pathlib.Path(out)
     (folder / "rows").mkdir(parents=True, exist_ok=True)
     wanted = list(splits or EVALUATION_SPLITS)
@@ -109,13 +116,38 @@ def evaluate(
             _run(folder, problem, todo, runners, max_axes, wants_bound, seconds)
     rows = load_rows(folder)
     heldout_report.write(folder, rows)
+    if problems:
+        write_atomically(folder / COMMAND, f"{_COMMAND} {given}\n".encode())
     if document:
-        command = f"meshwright evaluate suite=heldout problems={problems} out={out}"
-        if policies:
-            command += " policies={" + ", ".join(f"{k}: {v}" for k, v in policies.items()) + "}"
+        later = {f: (_made_by(pathlib.Path(f)), load_rows(pathlib.Path(f))) for f in again or ()}
         page = pathlib.Path(document)
-        heldout_page.write_page(page, rows, f"{command} document={document}", folder, judge_id())
+        heldout_page.write_page(page, rows, f"{_COMMAND} {given}", folder, judge_id(), later)
     return 0
+
+
+def _made_by(folder: pathlib.Path) -> str:
+    try:
+        return (folder / COMMAND).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise MeshwrightError(
+            f"{folder / COMMAND} does not say how its runs were made; run the suite there"
+        ) from error
+
+
+def _arguments(given: Mapping[str, Any]) -> str:
+    """Arguments of :func:`evaluate` that are not its defaults, as the command line takes them."""
+    defaults = inspect.signature(evaluate).parameters
+    return " ".join(
+        f"{k}={_text(v)}" for k, v in given.items() if k in defaults and v != defaults[k].default
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "'{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}'"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "'[" + ",".join(map(str, value)) + "]'"
+    return str(value)
 
 
 def load_rows(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -142,7 +174,7 @@ def _in_turn(splits: Sequence[str], count: int) -> Iterator[tuple[PlanningProble
 
 def _missing(folder, problem, names, seeds, evaluations, deep_seeds, deep_evaluations):
     """(optimizer, seed, evaluations) of runs without a row, those that fill the store first."""
-    from placement.learned.baselines import BASELINES, SCORING, SEEDED
+    from placement.learned.baselines import BASELINES, SCORING, SEEDED, UNLIMITED
     from placement.learned.contenders import LEARNED, is_hurried
 
     for name in sorted(names, key=lambda n: n != "engine"):
@@ -150,7 +182,7 @@ def _missing(folder, problem, names, seeds, evaluations, deep_seeds, deep_evalua
         deepens = name == LEARNED or (name in SCORING and name in SEEDED)
         for seed in range(1 if fixed or is_hurried(name) else seeds):
             budget = deep_evaluations if deepens and seed < deep_seeds else evaluations
-            if name in ("engine", "rules"):
+            if name in UNLIMITED:
                 budget = NO_LIMIT
             path = _path(folder, problem.name, name, seed)
             if path.exists():

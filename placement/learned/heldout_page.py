@@ -12,7 +12,8 @@ from typing import Any
 from cost_model.cluster import parse_cluster
 from placement.compile_cache import write_atomically
 from placement.learned import outcomes
-from placement.learned.contenders import HURRIED, LEARNED, UNIFORM, UNTRAINED
+from placement.learned.baselines import UNLIMITED
+from placement.learned.contenders import HURRIED, LEARNED, UNIFORM, UNTRAINED, is_hurried
 from placement.learned.heldout_report import EVALUATIONS, SECONDS, cell, policies, table
 from placement.learned.heldout_summary import (
     RESAMPLES,
@@ -22,8 +23,9 @@ from placement.learned.heldout_summary import (
     mean_against,
     mean_ratio,
 )
-from placement.learned.heldout_targets import targets
+from placement.learned.heldout_targets import measured_again, targets
 from placement.learned.problems import SPLITS, VERSION, load_split
+from placement.learned.search import SHALLOW
 
 _INTRO = """# The learned optimizer
 
@@ -32,7 +34,8 @@ Written by `{command}` (runs that are recorded are not repeated).
 `optimizer=learned` plans a whole job in one SPMD program: a graph network reads the traced program,
 the cluster and the batch, and ranks all *outer candidates* (rematerialisation, microbatches, mesh);
 the best are opened, message passing completes each, the schedule simulation judges, and what is
-learned from each result decides which is opened next.
+learned from each result decides which is opened next. What is left of more than {shallow} evaluations
+is spent on local search over whole plans.
 """
 
 _CLEARLY = 1.03
@@ -68,18 +71,21 @@ def write_page(
     command: str,
     results: pathlib.Path,
     judge: str,
+    again: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]],
 ) -> None:
-    """Write the page; ``results`` holds the pictures, ``judge`` names the present cost model."""
+    """Write the page; ``results`` holds the pictures, ``judge`` names the present cost model,
+    ``again`` maps folders of later runs to their command and rows."""
     runs = Runs(rows)
     axes = max(int(r["max_axes"]) for r in rows)
     parts = [
-        _INTRO.format(command=command),
+        _INTRO.format(command=command, shallow=SHALLOW),
         _problems(),
         _weights(),
         _METHOD.format(ten=TEN, resamples=RESAMPLES, axes=axes),
         _judged(rows, judge),
         _pictures(os.path.relpath(results, path.parent)),
         _targets(runs),
+        *(_again(folder, by, found, judge) for folder, (by, found) in again.items()),
         _failures(runs),
         _training_adds(runs),
         _tables(runs),
@@ -181,6 +187,32 @@ def _targets(runs: Runs) -> str:
             title = "Targets" if name == LEARNED else f"Targets, policy {name}"
             parts.append(f"## {title}\n\n" + _grid(("on held-out problems", "measured", ""), lines))
     return "\n".join(parts)
+
+
+def _again(folder: str, command: str, rows: Sequence[Mapping[str, Any]], judge: str) -> str:
+    """What a later run of a part of the suite says of targets and of large budgets."""
+    runs = Runs(rows)
+    lines = [
+        [name, t.text, t.measured, "met" if t.met else "**missed**"]
+        for name in policies(runs)
+        for t in measured_again(runs, name)
+    ]
+    text = (
+        f"## Measured again: {folder}\n\nLater runs of the present search on a part of the suite, by "
+        f"`{command}`. {_judged(rows, judge)}\n"
+    )
+    text += _grid(("policy", "on the problems run", "measured", ""), lines)
+    budget = max(int(r["max_evaluations"]) for r in runs.rows if r["optimizer"] not in UNLIMITED)
+    if budget > SHALLOW:
+        names = [o for o in runs.optimizers if not is_hurried(o)]
+        times = [
+            [p, *(", ".join(f"{c.at_evaluations(budget):.5g}" for c in runs.curves(p, o))
+                  for o in names)]
+            for p in runs.problems
+        ]  # fmt: skip
+        text += f"\nStep times in seconds after {budget:,} evaluations, one for each seed:\n\n"
+        text += _grid(("problem", *names), times)
+    return text
 
 
 def _failures(runs: Runs) -> str:

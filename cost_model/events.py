@@ -17,7 +17,6 @@ from cost_model.operators import compute_events, contracts
 from cost_model.partial_sums import (
     combine_events,
     finish_s,
-    only_readers,
     reduced_whole,
     windowed_s,
 )
@@ -62,7 +61,7 @@ def own_events(grouping, g, n, menu, pricing, stored, wide, hides, sliced) -> li
 
     ``stored`` and ``wide`` are tensors in memory and those computed in float32
     (:mod:`cost_model.operators`); ``hides``: only the optimizer waits for the result; ``sliced``:
-    one group reads it (:func:`cost_model.partial_sums.only_readers`).
+    one group reads it (:func:`cost_model.partial_sums.only_read_once`).
     """
     events = [
         Event(
@@ -152,8 +151,11 @@ def _unique(specs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return specs[first], inverse.astype(np.int32)
 
 
-def reshards(grouping, node_of, choices, pricing, times):
-    """Every resharding that can take time: (event, source node, trips, the copy it makes)."""
+def reshards(grouping, node_of, choices, pricing, times, sliced):
+    """Every resharding that can take time: (event, source node, trips, the copy it makes).
+
+    ``sliced``: groups whose sums one group reads (:func:`cost_model.partial_sums.only_read_once`).
+    """
     graph = grouping.graph
     priced: dict[tuple, Reshard] = {}
     spec_cache: dict[tuple, tuple] = {}
@@ -197,7 +199,6 @@ def reshards(grouping, node_of, choices, pricing, times):
         )  # fmt: skip
 
     readers = readers_of(grouping)
-    alone = only_readers(grouping) if pricing.device.family == "tpu" else {}
     for g, item in enumerate(grouping.groups):
         j = int(node_of[g])
         for view in item.views:
@@ -219,7 +220,7 @@ def reshards(grouping, node_of, choices, pricing, times):
                     size = graph.tensors[view.tensor].n_bytes
                     copy = operand(event, size, pricing.shards(specs), max(ops) + 1)
                 yield event, i, times[view.region], copy
-            if source in alone:
+            if source in sliced:
                 event = finish(source, view, j)
                 if event.seconds.any():
                     yield event, i, times[view.region], None

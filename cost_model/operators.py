@@ -298,8 +298,8 @@ def _light(
             tensor = graph.tensors[t]
             if t in stored and op.primitive not in ("carry_in", "carry_out"):
                 add(moved, op.region, local(t, item.tensors[t]) * tensor.itemsize)
-            if op.primitive not in _VIEWS:
-                cost = vector_cost(op.primitive)
+            cost = vector_cost(op.primitive)
+            if cost:
                 elements = local(t, item.tensors[t])
                 add(work, op.region, cost * elements)
                 widest[op.region] = np.maximum(widest.get(op.region, 0.0), elements)

@@ -28,46 +28,21 @@ _LANES = 128
 """Elements of a tile along the minor dimension, on all generations."""
 
 
-def becomes_scatter(pricing: Pricing) -> np.ndarray:
-    """[2^A] by the set of axes, whether XLA:TPU scatters an all-reduce that is only read in slices.
-
-    It does within a slice, but not over all devices of one that is a square of four by four or more,
-    or that has three dimensions (steps of one contraction compiled for v5e, v6e and v5p slices of
-    four to 256 devices, and for parts of them).
-    """
-    n_sets = 1 << len(pricing.axis_sizes)
-    found = np.zeros(n_sets, bool)
-    if pricing.device.family != "tpu":
-        return found
-    physical = pricing.layout.cluster.physical_axes
-    sides = [p.size for p in physical if p.kind == "ici" and p.size > 1]
-    square = len(sides) == 2 and sides[0] == sides[1] >= 4
-    everyone = pricing.layout.cluster.n_devices
-    for mask in range(1, n_sets):
-        axes = [a for a, n in enumerate(pricing.axis_sizes) if mask >> a & 1 and n > 1]
-        near = all(
-            physical[f.axis].kind == "ici" for a in axes for f in pricing.layout.placement[a]
-        )
-        whole = np.prod([pricing.axis_sizes[a] for a in axes]) == everyone
-        found[mask] = bool(axes) and near and not (whole and (square or len(sides) > 2))
-    return found
-
-
-def only_readers(grouping: Grouping) -> dict[int, tuple[int, View]]:
-    """Group with one sum of partial results -> (the one group that reads it, how), in one region."""
-    readers: dict[int, list[tuple[int, View]]] = {}
+def only_read_once(grouping: Grouping) -> frozenset[int]:
+    """Groups with one sum of partial results, which one other group reads once, in its region."""
+    readers: dict[int, list[View]] = {}
     for g, item in enumerate(grouping.groups):
         for view in item.views:
-            readers.setdefault(grouping.source_group(g, view), []).append((g, view))
+            readers.setdefault(grouping.source_group(g, view), []).append(view)
     outputs = {grouping.group_of[t] for t in grouping.graph.outputs}
-    found = {}
+    found = set()
     for g, read in readers.items():
         summed = {(r.op, r.result) for r in grouping.groups[g].reductions}
         if len(read) == 1 and len(summed) == 1 and g not in outputs:
             op, _ = next(iter(summed))
-            if grouping.graph.ops[op].region == read[0][1].region:
-                found[g] = read[0]
-    return found
+            if grouping.graph.ops[op].region == read[0].region:
+                found.add(g)
+    return frozenset(found)
 
 
 def reduced_whole(grouping: Grouping, g: int, choices: Choices, pricing: Pricing) -> np.ndarray:
@@ -93,7 +68,7 @@ def finish_s(
     """
     payload = n_bytes / pricing.shards(p)
     extra = pricing.collective_s(2, reduced, payload) - pricing.collective_s(1, reduced, payload)
-    deferred = becomes_scatter(pricing)[reduced]
+    deferred = pricing.becomes_scatter[reduced]
     cut = (p[:, None] < 0) & (q[None] >= 0)
     sliced = pricing.masks(cut) == reduced[:, None]
     top = np.where(cut, q[None], -1).max(-1)
@@ -216,7 +191,7 @@ def combine_events(
         if tensor.n_bytes > 8:  # scalars are combined together
             reduced = pricing.collective_s(2, reduce_mask, n_bytes[2])
             if sliced:
-                deferred = becomes_scatter(pricing)[reduced_whole(grouping, g, choices, pricing)]
+                deferred = pricing.becomes_scatter[reduced_whole(grouping, g, choices, pricing)]
                 halved = pricing.collective_s(1, reduce_mask, n_bytes[2])
                 reduced = np.where(deferred, np.minimum(halved, reduced), reduced)
                 n_bytes[1] = np.where(deferred, n_bytes[2], n_bytes[1])

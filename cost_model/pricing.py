@@ -7,6 +7,8 @@ Specs are rows of ``int8``: for each mesh axis the tensor dimension it shards, o
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 
 import numba
 import numpy as np
@@ -69,6 +71,29 @@ class Pricing:
         """Seconds; zero where the set of axes is empty."""
         time = self.latency_s[kind][mask] + self.seconds_per_byte[kind][mask] * payload_bytes
         return np.where(mask > 0, time, 0.0)
+
+    @functools.cached_property
+    def becomes_scatter(self) -> np.ndarray:
+        """[2^A] by the set of axes, whether XLA:TPU scatters an all-reduce that is only read in slices.
+
+        It does within a slice, but not over all devices of one that is a square of four by four or
+        more, or that has three dimensions (steps of one contraction compiled for v5e, v6e and v5p
+        slices of four to 256 devices, and for parts of them).
+        """
+        found = np.zeros(1 << len(self.axis_sizes), bool)
+        if self.device.family != "tpu":
+            return found
+        physical = self.layout.cluster.physical_axes
+        sides = [p.size for p in physical if p.kind == "ici" and p.size > 1]
+        square = len(sides) == 2 and sides[0] == sides[1] >= 4
+        for mask in range(1, len(found)):
+            axes = [a for a, n in enumerate(self.axis_sizes) if mask >> a & 1 and n > 1]
+            factors = [f for a in axes for f in self.layout.placement[a]]
+            near = all(physical[f.axis].kind == "ici" for f in factors)
+            ways = math.prod(self.axis_sizes[a] for a in axes)
+            whole = ways == self.layout.cluster.n_devices
+            found[mask] = bool(axes) and near and not (whole and (square or len(sides) > 2))
+        return found
 
     def windowed_s(self, mask: np.ndarray, payload_bytes: np.ndarray) -> np.ndarray:
         """Seconds to pass blocks of a buffer once around the group, as windowed matmuls do.

@@ -28,7 +28,7 @@ from cost_model.layout import MeshLayout
 from cost_model.live import usage_entries
 from cost_model.operands import Operand
 from cost_model.operators import materialised, widened
-from cost_model.partial_sums import only_readers
+from cost_model.partial_sums import only_read_once
 from cost_model.pricing import Pricing
 from cost_model.problem import Problem
 from graphs.choices import Choices, choices_of
@@ -104,12 +104,12 @@ def build_tables(
         groups_of[n].append(g)
     times = grouping.graph.multiplicities()
     gradients = gradient_groups(grouping)
-    alone = only_readers(grouping) if pricing.device.family == "tpu" else {}
+    sliced = only_read_once(grouping) if pricing.device.family == "tpu" else frozenset()
     choices, node_costs, node_hidden, events = [], [], [], []
     for n, g in enumerate(firsts):
         menu = choices_of(grouping.groups[g], layout.mesh.axis_sizes)
         menu = _keep_pins(grouping, g, menu, layout)
-        own = own_events(grouping, g, n, menu, pricing, stored, wide, g in gradients, g in alone)
+        own = own_events(grouping, g, n, menu, pricing, stored, wide, g in gradients, g in sliced)
         cost, hidden = np.zeros(len(menu)), np.zeros(len(menu))
         for e in own:
             if e.hides:
@@ -139,7 +139,7 @@ def build_tables(
     edges: dict[tuple[int, int], np.ndarray] = {}
     edge_hidden: dict[tuple[int, int], np.ndarray] = {}
     operands = []
-    for event, source, weight, copy in reshards(grouping, node_of, choices, pricing, times):
+    for event, source, weight, copy in reshards(grouping, node_of, choices, pricing, times, sliced):
         events.append(event)
         if copy is not None:
             operands.append(copy)

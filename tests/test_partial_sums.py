@@ -10,7 +10,6 @@ from test_tables import tables
 from cost_model.cluster import parse_cluster
 from cost_model.estimate import estimate
 from cost_model.layout import layout_for
-from cost_model.partial_sums import becomes_scatter
 from cost_model.pricing import Pricing
 from cost_model.simulate import Simulator
 
@@ -34,7 +33,7 @@ def update(weights, rows, errors):
     ],
 )
 def test_where_the_compiler_scatters(cluster, mesh, scattered):
-    found = becomes_scatter(Pricing.of(layout_for(parse_cluster(cluster), mesh)))
+    found = Pricing.of(layout_for(parse_cluster(cluster), mesh)).becomes_scatter
     assert found[1:].tolist() == scattered
 
 

@@ -1,17 +1,14 @@
 """Ring attention: equal to plain attention, balanced, counted, compiled, chosen where it is faster."""
 
 import dataclasses
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from host_devices import run_on_eight_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_kernels import needs_tpu_compiler
 
 import placement
 from cost_model.jobs import constants as constants_module
@@ -83,20 +80,8 @@ CASES = [
 
 
 def test_forward_and_gradients_equal_plain_attention():
-    flags = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-        "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(CASES)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for case, found in zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True):
+    differences = run_on_eight_devices(RUN, CASES, timeout_s=600)
+    for case, found in zip(CASES, differences, strict=True):
         assert len(found) == 5, "the output and the gradients of q, k, v and the sink"
         # bfloat16 keeps 8 bits of each product's inputs
         assert max(found) < (1e-2 if case.get("dtype") else 2e-6), (case, found)
@@ -214,7 +199,7 @@ def test_the_plan_s_program_has_the_form_that_was_chosen():
         assert any("keys and values" in reason for reason in plan.reasons) == bool(context)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs meshwright[tpu]")
+@needs_tpu_compiler
 def test_a_compiled_ring_gathers_no_keys():
     config = dataclasses.replace(
         TINY, d_model=256, n_heads=4, n_kv_heads=2, attention="gqa", head_dim=128, d_ff=512

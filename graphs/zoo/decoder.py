@@ -91,6 +91,14 @@ def layer_stack(
     )
 
 
+def rotary_of(config: ModelConfig, options: RunOptions, seq_len: int) -> Rotary | None:
+    """Rotary tables of a decoder's layers, slots in the options' order; None if it has no such."""
+    if config.position != "rope":
+        return None
+    width = config.qk_rope_dim if config.attention == "mla" else config.head_dim
+    return rotary_tables(seq_len, width, config.rope_theta, options.order(seq_len))
+
+
 class Decoder(nnx.Module):
     """A decoder-only language model."""
 
@@ -129,11 +137,7 @@ class Decoder(nnx.Module):
 
     def rotary(self, seq_len: int) -> Rotary | None:
         """Rotary tables of the layers, where the model has rotary positions."""
-        config = self.config
-        if config.position != "rope":
-            return None
-        width = config.qk_rope_dim if config.attention == "mla" else config.head_dim
-        return rotary_tables(seq_len, width, config.rope_theta, self.options.order(seq_len))
+        return rotary_of(self.config, self.options, seq_len)
 
     def head_weight(self) -> jax.Array:
         """[D, V] in the compute type."""

@@ -25,7 +25,7 @@ from flax import nnx
 from graphs.errors import MeshwrightError
 from graphs.zoo.config import ModelConfig, Segment
 from graphs.zoo.decoder import Layer as DecoderOnlyLayer
-from graphs.zoo.decoder import Period
+from graphs.zoo.decoder import Period, rotary_of
 from graphs.zoo.encoder_decoder import DecoderLayer
 from graphs.zoo.loss import cross_entropy
 from graphs.zoo.options import RunOptions
@@ -227,21 +227,12 @@ def _layer(config: ModelConfig, options: RunOptions, main: Segment, seq_len: int
     def one(weights, shared, x, valid):
         layer = nnx.merge(layer_def, weights)
         if not config.encoder_layers:
-            return jnp.where(valid, layer(x, _rotary(config, options, seq_len)), x)
+            return jnp.where(valid, layer(x, rotary_of(config, options, seq_len)), x)
         x, memory = jnp.split(x, 2, axis=-1)
         y = layer(x, memory, shared["decoder_positions"])
         return jnp.concatenate([jnp.where(valid, y, x), memory], axis=-1)
 
     return one
-
-
-def _rotary(config: ModelConfig, options: RunOptions, seq_len: int):
-    from graphs.zoo.positions import rotary_tables
-
-    if config.position != "rope":
-        return None
-    width = config.qk_rope_dim if config.attention == "mla" else config.head_dim
-    return rotary_tables(seq_len, width, config.rope_theta, options.order(seq_len))
 
 
 def uneven(n_layers: int, stages: int, chunks: int, counts: Sequence[int] | None) -> Layout:

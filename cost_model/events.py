@@ -56,19 +56,18 @@ class Event:
     """Same shape as seconds: choices that stop the computation although the event may hide."""
 
 
-def own_events(grouping, g, n, menu, pricing, stored, wide, hides, sliced) -> list[Event]:
+def own_events(grouping, g, n, menu, pricing, fusion, hides, sliced) -> list[Event]:
     """What group g, node n, takes by itself: its operators, and combining its partial results.
 
-    ``stored`` and ``wide`` are tensors in memory and those computed in float32
-    (:mod:`cost_model.operators`); ``hides``: only the optimizer waits for the result; ``sliced``:
-    one group reads it (:func:`cost_model.partial_sums.only_read_once`).
+    ``hides``: only the optimizer waits for the result; ``sliced``: one group reads it
+    (:func:`cost_model.partial_sums.only_read_once`).
     """
     events = [
         Event(
             kind=COMPUTE, op=e.op, region=e.region, node=n, source=-1, seconds=e.seconds,
             n_bytes=None, rows=None, columns=None, hides=False, label=e.kind,
         )
-        for e in compute_events(grouping, g, menu, pricing, stored, wide)
+        for e in compute_events(grouping, g, menu, pricing, fusion)
     ]  # fmt: skip
     for op, region, seconds, exposed, n_bytes in map_events(grouping, g, menu, pricing):
         own = Event(

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Set
 
 import numpy as np
 
-from cost_model.operators import CONTRACTIONS, TRANSCENDENTAL
+from cost_model.fusion import CONTRACTIONS, TRANSCENDENTAL
 from cost_model.pricing import Pricing
 from graphs.choices import Choices
 from graphs.graph import Graph, Op
@@ -83,7 +84,7 @@ _RECOMPUTED = frozenset(
 """Primitives that XLA computes again in each reader rather than keep."""
 
 
-def held_across(grouping: Grouping, stored: set[int]) -> set[int]:
+def held_across(grouping: Grouping, stored: Set[int]) -> set[int]:
     """Values of fused loops that are made before a heavy op and read after it: they stay in memory
     though no other group reads them. So do results of costly functions that are read before and
     after a reduction over them."""
@@ -119,7 +120,7 @@ def held_across(grouping: Grouping, stored: set[int]) -> set[int]:
     return found
 
 
-def made_in_readers(grouping: Grouping, held: set[int]) -> set[int]:
+def made_in_readers(grouping: Grouping, held: Set[int]) -> set[int]:
     """Results of light loops that XLA:TPU makes again inside each contraction that reads them, so
     that they are never in memory (read from compiled programs).
 
@@ -185,7 +186,7 @@ def _by_rows(graph: Graph, op: Op) -> bool:
     )
 
 
-def read_until(grouping: Grouping, held: set[int], replaced: set[int]) -> np.ndarray:
+def read_until(grouping: Grouping, held: Set[int], replaced: set[int]) -> np.ndarray:
     """[tensors] as :func:`last_uses`, uses through values that are kept nowhere included.
 
     A fused loop that needs such a value computes it again from what is in memory, so that this
@@ -218,7 +219,7 @@ def usage_entries(
     node_of: np.ndarray,
     choices: list[Choices],
     pricing: Pricing,
-    stored: set[int],
+    stored: Set[int],
 ) -> list[Usage]:
     """Every usage entry of the program; entries of one node and one interval are added up."""
     graph = grouping.graph

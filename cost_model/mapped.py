@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from cost_model.fitted import load_calibration
+from cost_model.fusion import vector_cost
 from cost_model.matmul import matmul_time_s
-from cost_model.operators import vector_cost
 from cost_model.pricing import KINDS, Pricing
 from graphs.choices import Choices
 from graphs.groups import HEAVY, Grouping

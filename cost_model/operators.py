@@ -15,6 +15,7 @@ import numpy as np
 from cost_model.compute import memory_bound_time_s
 from cost_model.device import Device
 from cost_model.fitted import load_calibration
+from cost_model.fusion import CONTRACTIONS, REDUCTIONS, Fusion, vector_cost
 from cost_model.matmul import matmul_time_s
 from cost_model.pricing import Pricing
 from graphs.choices import Choices
@@ -22,21 +23,6 @@ from graphs.groups import COPY, HEAVY, LEAF, Group, Grouping
 from graphs.rules import WHOLE
 from graphs.rules.kernel import grid_steps, kernel_bytes
 
-TRANSCENDENTAL = frozenset(
-    "cbrt cos cosh digamma erf erf_inv erfc exp exp2 expm1 lgamma log log1p logistic pow rsqrt sin "
-    "sinh sqrt tan tanh div".split()
-)
-"""Vector primitives that take several instructions."""
-_TRANSCENDENTAL_COST = 6.0
-_VIEWS = frozenset(
-    "reshape transpose squeeze expand_dims broadcast_in_dim slice split scan_slice scan_stack "
-    "carry_in carry_out merge copy stop_gradient concatenate pad literal iota".split()
-)
-_REDUCTIONS = frozenset(
-    "reduce_sum reduce_max reduce_min reduce_prod argmax argmin cumsum cumlogsumexp cummax".split()
-)
-"""Vector primitives whose operand has to pass before their result is there."""
-CONTRACTIONS = ("dot_general", "ragged_dot", "ragged_dot_general")
 _SUSTAINED_MEMORY = 0.85
 _GATHER_EFFICIENCY = 0.5
 _CONV_EFFICIENCY = 0.5
@@ -44,13 +30,6 @@ _KERNEL_EFFICIENCY = 0.5
 _KERNEL_STEP_S = 0.5e-6
 """Of hand-written kernels, whose cycles no compiler states. Assumed: their share of the matrix unit's
 peak, and the cost of a step of the grid."""
-
-
-def vector_cost(primitive: str) -> float:
-    """Vector instructions of an element of a primitive's result; 0 for views."""
-    if primitive in _VIEWS:
-        return 0.0
-    return _TRANSCENDENTAL_COST if primitive in TRANSCENDENTAL else 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,63 +45,20 @@ class ComputeEvent:
     """matmul | vector | gather | other: the class it is reported under."""
 
 
-def materialised(grouping: Grouping) -> set[int]:
-    """Tensors that live in memory: read by another group or region, or results of the program."""
-    graph = grouping.graph
-    found = {t for t in graph.outputs if t >= 0} | set(graph.inputs)
-    for item in grouping.groups:
-        for view in item.views:
-            found.add(view.tensor)
-        if item.kind == HEAVY:
-            found |= set(item.tensors)
-    for op in graph.ops:
-        if op.primitive in ("scan_stack", "carry_out", "carry_in"):
-            found |= set(op.outputs)
-            continue
-        for t in op.inputs:
-            if t >= 0 and graph.tensors[t].region != op.region:
-                found.add(t)
-    return found
-
-
-def widened(grouping: Grouping) -> set[int]:
-    """Results of contractions that are only read as float32: XLA leaves them in that type."""
-    graph = grouping.graph
-    readers: dict[int, list[int]] = {}
-    for o, op in enumerate(graph.ops):
-        for t in op.inputs:
-            readers.setdefault(t, []).append(o)
-
-    def casts(t: int) -> bool:
-        found = readers.get(t, ())
-        return bool(found) and all(
-            graph.tensors[graph.ops[o].outputs[0]].dtype == "float32"
-            if graph.ops[o].primitive == "convert_element_type"
-            else graph.ops[o].primitive in ("transpose", "reshape")
-            and casts(graph.ops[o].outputs[0])
-            for o in found
-        )
-
-    return {
-        op.outputs[0] for op in graph.ops if op.primitive in CONTRACTIONS and casts(op.outputs[0])
-    }
-
-
 def compute_events(
     grouping: Grouping,
     g: int,
     choices: Choices,
     pricing: Pricing,
-    stored: set[int],
-    wide: set[int],
+    fusion: Fusion,
 ) -> list[ComputeEvent]:
-    """What group g computes; ``stored`` and ``wide`` as :func:`materialised`, :func:`widened`."""
+    """What group g computes."""
     item = grouping.groups[g]
     if item.kind == HEAVY:
-        return [_heavy(grouping, item, choices, pricing, wide)]
+        return [_heavy(grouping, item, choices, pricing, fusion)]
     if item.kind == COPY:
         return []
-    return _light(grouping, item, choices, pricing, stored)
+    return _light(grouping, item, choices, pricing, fusion)
 
 
 def local_contraction(
@@ -181,7 +117,7 @@ def contracts(grouping: Grouping, g: int) -> bool:
 
 
 def _heavy(
-    grouping: Grouping, item: Group, choices: Choices, pricing: Pricing, wide: set[int]
+    grouping: Grouping, item: Group, choices: Choices, pricing: Pricing, fusion: Fusion
 ) -> ComputeEvent:
     graph = grouping.graph
     index = next(o for o in item.ops if not grouping.rules[o].light)
@@ -192,7 +128,7 @@ def _heavy(
         _, x, _ = local_contraction(grouping, item, choices, pricing)
         dtype = graph.tensors[op.inputs[0]].dtype
         program = load_calibration(device.calibration).constants["program"]
-        out = "float32" if op.outputs[0] in wide else None
+        out = "float32" if op.outputs[0] in fusion.wide else None
         seconds = program["matmul"] * contraction_s(pricing, x, dtype, out)
         return ComputeEvent(op=index, region=op.region, seconds=seconds, kind="matmul")
     sizes = np.array(pricing.axis_sizes, np.float64)
@@ -230,7 +166,7 @@ def _kernel_s(params, flops: float, device: Device) -> float:
 
 
 def _light(
-    grouping: Grouping, item: Group, choices: Choices, pricing: Pricing, stored: set[int]
+    grouping: Grouping, item: Group, choices: Choices, pricing: Pricing, fusion: Fusion
 ) -> list[ComputeEvent]:
     graph = grouping.graph
     batches = set(graph.inputs) - {graph.inputs[a] for a, _ in graph.aliases}
@@ -290,13 +226,13 @@ def _light(
         if op.primitive == "scan_slice":
             add(moved, op.region, local(out, item.tensors[out]) * graph.tensors[out].itemsize)
             continue
-        if op.primitive in _REDUCTIONS and op.inputs[0] in item.tensors:
+        if op.primitive in REDUCTIONS and op.inputs[0] in item.tensors:
             add(passes, op.region, local(op.inputs[0], item.tensors[op.inputs[0]]))
         if item.kind == LEAF and op.primitive == "convert_element_type":
             add(bare, op.region, local(out, item.tensors[out]))
         for t in op.outputs:
             tensor = graph.tensors[t]
-            if t in stored and op.primitive not in ("carry_in", "carry_out"):
+            if t in fusion.stored and op.primitive not in ("carry_in", "carry_out"):
                 add(moved, op.region, local(t, item.tensors[t]) * tensor.itemsize)
             cost = vector_cost(op.primitive)
             if cost:

@@ -24,10 +24,10 @@ from cost_model.events import (
     own_events,
     reshards,
 )
+from cost_model.fusion import Fusion
 from cost_model.layout import MeshLayout
 from cost_model.live import usage_entries
 from cost_model.operands import Operand
-from cost_model.operators import materialised, widened
 from cost_model.partial_sums import only_read_once
 from cost_model.pricing import Pricing
 from cost_model.problem import Problem
@@ -95,7 +95,7 @@ def build_tables(
     """
     tied = fold(grouping) if tied is None else tied
     pricing = Pricing.of(layout, memo)
-    stored, wide = materialised(grouping), widened(grouping)
+    fusion = Fusion.of(grouping)
     firsts = sorted(set(tied))
     number = {g: n for n, g in enumerate(firsts)}
     node_of = np.array([number[t] for t in tied], np.int32)
@@ -109,7 +109,7 @@ def build_tables(
     for n, g in enumerate(firsts):
         menu = choices_of(grouping.groups[g], layout.mesh.axis_sizes)
         menu = _keep_pins(grouping, g, menu, layout)
-        own = own_events(grouping, g, n, menu, pricing, stored, wide, g in gradients, g in sliced)
+        own = own_events(grouping, g, n, menu, pricing, fusion, g in gradients, g in sliced)
         cost, hidden = np.zeros(len(menu)), np.zeros(len(menu))
         for e in own:
             if e.hides:
@@ -147,7 +147,15 @@ def build_tables(
         if event.hides:
             _charge(event, source, weight, node_hidden, edge_hidden)
     problem, labels = _problem(
-        grouping, layout, node_of, choices, node_costs, edges, pricing, stored, usage_limit_bytes
+        grouping,
+        layout,
+        node_of,
+        choices,
+        node_costs,
+        edges,
+        pricing,
+        fusion.stored,
+        usage_limit_bytes,
     )
     hidden_edges = [
         edge_hidden[k].ravel() if k in edge_hidden else np.zeros(edges[k].size)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cost_model.operators import materialised
+from cost_model.fusion import materialised
 from cost_model.tables import Tables
 from graphs.choices import spec_of
 from graphs.groups import COPY, HEAVY

@@ -12,9 +12,9 @@ from cost_model.cluster import parse_cluster
 from cost_model.device import load_device
 from cost_model.estimate import estimate, ring_s
 from cost_model.fitted import load_calibration
+from cost_model.fusion import CONTRACTIONS, widened
 from cost_model.layout import layout_for
 from cost_model.matmul import matmul_time_s
-from cost_model.operators import CONTRACTIONS, widened
 from cost_model.pricing import Pricing, reshard
 from cost_model.simulate import Simulator
 from cost_model.tables import build_tables

@@ -11,9 +11,9 @@ from test_groups import arg, mlp_step
 from cost_model import live
 from cost_model.cluster import parse_cluster
 from cost_model.estimate import estimate, table_cost
+from cost_model.fusion import materialised
 from cost_model.layout import layout_for
 from cost_model.operands import with_operands
-from cost_model.operators import materialised
 from cost_model.pricing import Pricing, reshard
 from cost_model.simulate import Simulator
 from cost_model.tables import build_tables

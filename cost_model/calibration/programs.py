@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cost_model.calibration.chains import CHAINS, by_row, chain
 from graphs.errors import MeshwrightError
 
 Shape = dict[str, int]
@@ -269,6 +270,31 @@ def _optimizer(variant: str, dtype: str, s: Shape) -> tuple[Callable[..., Any], 
     return programs[variant]
 
 
+def _fused(variant: str, dtype: str, s: Shape) -> tuple[Callable[..., Any], list[Any]]:
+    import jax
+    import jax.numpy as jnp
+
+    form, *names = variant.split("_")
+    sides = tuple(zip(names, _MATMUL[form]))
+    arrays = []
+    for name, side in sides:
+        whole = [_array(dtype, 2, *(s[c] for c in side))] * CHAINS[name][0]
+        rows = [_array("float32", 2, s[side[0]], 1)] * by_row(name)
+        arrays.append((*whole, *rows))
+    left, right = (side for _, side in sides)
+
+    def program(*stacks: Any) -> Any:
+        def layer(done: Any, one: Any) -> Any:
+            first = one[: len(arrays[0])]
+            parts = (first, one[len(arrays[0]) :])
+            a, b = (chain(name, dtype)(*xs) for (name, _), xs in zip(sides, parts))
+            return done, jnp.einsum(f"{left},{right}->mn", a, b, preferred_element_type=dtype)
+
+        return jax.lax.scan(layer, 0, stacks)[1]
+
+    return program, [*arrays[0], *arrays[1]]
+
+
 PROGRAMS: dict[str, Callable[[str, str, Shape], tuple[Callable[..., Any], list[Any]]]] = {
     "matmul": _matmul,
     "attention": _attention,
@@ -279,6 +305,7 @@ PROGRAMS: dict[str, Callable[[str, str, Shape], tuple[Callable[..., Any], list[A
     "sort": _sort,
     "ragged_dot": _ragged,
     "optimizer": _optimizer,
+    "fused": _fused,
 }
 
 _BYTES_LIMIT = 3 << 30
@@ -368,4 +395,13 @@ def cases(seed: int = 0, scale: float = 1.0, largest: float | None = None) -> li
         r, c = size(8, 16384), size(64, 16384)
         variant = str(rng.choice(["adamw", "lion", "sgd"]))
         add(case("optimizer", variant, str(rng.choice(["bfloat16", "float32"])), r=r, c=c), r * c)
+    for _ in times(120):
+        form, left = str(rng.choice(["nn", "nt", "tn"])), str(rng.choice(list(CHAINS)))
+        right = str(rng.choice(["plain", "plain", "gain", left]))
+        if rng.random() < 0.25:
+            left, right = right, left
+        m, k, n = size(256, 16384, 0.9), size(256, 16384, 0.9), size(128, 16384, 0.9)
+        if 2 * m * k * n < 2e13:
+            item = case("fused", f"{form}_{left}_{right}", "bfloat16", m=m, k=k, n=n)
+            add(item, 2 * m * k, 2 * k * n, 2 * m * n)
     return list(out.values())

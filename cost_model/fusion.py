@@ -1,0 +1,210 @@
+"""What XLA stores and what it computes again: tensors in memory, and chains inside contractions.
+
+An element-wise chain that contractions read is not stored: the kernel of each contraction computes
+it from what is stored, once for every block of its other operand. A chain starts at tensors that
+other kernels leave in memory: results of contractions and reductions, what a loop carries, and
+results of element-wise operations that run at the end of a contraction's own kernel, because they
+alone read its result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from graphs.groups import HEAVY, LIGHT, Grouping
+
+TRANSCENDENTAL = frozenset(
+    "cbrt cos cosh digamma erf erf_inv erfc exp exp2 expm1 lgamma log log1p logistic pow rsqrt sin "
+    "sinh sqrt tan tanh div".split()
+)
+"""Vector primitives that take several instructions."""
+_TRANSCENDENTAL_COST = 6.0
+_VIEWS = frozenset(
+    "reshape transpose squeeze expand_dims broadcast_in_dim slice split scan_slice scan_stack "
+    "carry_in carry_out merge copy stop_gradient concatenate pad literal iota".split()
+)
+REDUCTIONS = frozenset(
+    "reduce_sum reduce_max reduce_min reduce_prod argmax argmin cumsum cumlogsumexp cummax".split()
+)
+"""Vector primitives whose operand has to pass before their result is there."""
+CONTRACTIONS = ("dot_general", "ragged_dot", "ragged_dot_general")
+_THROUGH = frozenset("reshape transpose squeeze expand_dims broadcast_in_dim stop_gradient".split())
+"""Views that a chain may contain."""
+_ENDS = frozenset("concatenate pad slice split dynamic_slice dynamic_update_slice".split())
+
+
+def vector_cost(primitive: str) -> float:
+    """Vector instructions of an element of a primitive's result; 0 for views."""
+    if primitive in _VIEWS:
+        return 0.0
+    return _TRANSCENDENTAL_COST if primitive in TRANSCENDENTAL else 1.0
+
+
+def materialised(grouping: Grouping) -> set[int]:
+    """Tensors that live in memory: read by another group or region, or results of the program."""
+    graph = grouping.graph
+    found = {t for t in graph.outputs if t >= 0} | set(graph.inputs)
+    for item in grouping.groups:
+        for view in item.views:
+            found.add(view.tensor)
+        if item.kind == HEAVY:
+            found |= set(item.tensors)
+    for op in graph.ops:
+        if op.primitive in ("scan_stack", "carry_out", "carry_in"):
+            found |= set(op.outputs)
+            continue
+        for t in op.inputs:
+            if t >= 0 and graph.tensors[t].region != op.region:
+                found.add(t)
+    return found
+
+
+def widened(grouping: Grouping) -> set[int]:
+    """Results of contractions that are only read as float32: XLA leaves them in that type."""
+    graph = grouping.graph
+    readers: dict[int, list[int]] = {}
+    for o, op in enumerate(graph.ops):
+        for t in op.inputs:
+            readers.setdefault(t, []).append(o)
+
+    def casts(t: int) -> bool:
+        found = readers.get(t, ())
+        return bool(found) and all(
+            graph.tensors[graph.ops[o].outputs[0]].dtype == "float32"
+            if graph.ops[o].primitive == "convert_element_type"
+            else graph.ops[o].primitive in ("transpose", "reshape")
+            and casts(graph.ops[o].outputs[0])
+            for o in found
+        )
+
+    return {
+        op.outputs[0] for op in graph.ops if op.primitive in CONTRACTIONS and casts(op.outputs[0])
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """An operand that is computed inside the kernel that reads it."""
+
+    instructions: float
+    """Vector instructions of an element, :func:`vector_cost`; 0 where the
+    operand is stored."""
+    itemsize: float
+    """Bytes read for an element, over all arrays of the operand's size."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """How XLA cuts a program into kernels."""
+
+    stored: frozenset[int]
+    """Tensors that live in memory."""
+    wide: frozenset[int]
+    """Results of contractions that stay in float32."""
+    chains: Mapping[int, tuple[Chain, Chain]]
+    """Contraction op -> its left and right operand."""
+    inside: frozenset[int]
+    """Ops that run nowhere but inside contractions that read them."""
+
+    @classmethod
+    def of(cls, grouping: Grouping) -> Fusion:
+        graph = grouping.graph
+        readers: dict[int, list[int]] = {}
+        for o, op in enumerate(graph.ops):
+            for t in op.inputs:
+                readers.setdefault(t, []).append(o)
+        walk = _Walk(grouping, readers)
+        chains = {
+            o: (walk.chain(o, op.inputs[0]), walk.chain(o, op.inputs[1]))
+            for o, op in enumerate(graph.ops)
+            if op.primitive in CONTRACTIONS
+        }
+        return cls(
+            stored=frozenset(materialised(grouping)),
+            wide=frozenset(widened(grouping)),
+            chains=chains,
+            inside=walk.inside(),
+        )
+
+
+class _Walk:
+    """Chains of a program, from its contractions back to what is stored."""
+
+    def __init__(self, grouping: Grouping, readers: Mapping[int, list[int]]) -> None:
+        self.grouping, self.graph, self.readers = grouping, grouping.graph, readers
+        self.visited: set[int] = set()
+        """Ops found inside a chain."""
+        light = {o for g in grouping.groups if g.kind == LIGHT for o in g.ops}
+        self.loops = {o for o in light if self.elementwise(o) and not grouping.rules[o].pins}
+        self.last: dict[int, bool] = {}
+
+    def elementwise(self, o: int) -> bool:
+        op = self.graph.ops[o]
+        if len(op.outputs) != 1 or op.primitive in _ENDS:
+            return False
+        if op.primitive in _THROUGH:
+            return True
+        shape = self.graph.tensors[op.outputs[0]].shape
+        spread = (self.graph.tensors[t].shape for t in op.inputs if t >= 0)
+        same = all(all(a in (1, b) for a, b in zip(s, shape)) for s in spread)
+        return same and vector_cost(op.primitive) > 0
+
+    def ends_contraction(self, o: int) -> bool:
+        """Whether the op runs at the end of the kernel of a contraction that only it reads."""
+        if o not in self.last:
+            self.last[o] = False
+            self.last[o] = any(
+                len(self.readers.get(t, ())) == 1 and self._from_contraction(t)
+                for t in self.graph.ops[o].inputs
+                if t >= 0 and self.graph.tensors[t].region == self.graph.ops[o].region
+            )
+        return self.last[o]
+
+    def _from_contraction(self, t: int) -> bool:
+        producer = self.graph.tensors[t].producer
+        if producer < 0:
+            return False
+        if self.graph.ops[producer].primitive in CONTRACTIONS:
+            return True
+        return producer in self.loops and self.ends_contraction(producer)
+
+    def chain(self, reader: int, operand: int) -> Chain:
+        """What the contraction ``reader`` computes of its operand."""
+        graph = self.graph
+        region, size = graph.ops[reader].region, math.prod(graph.tensors[operand].shape)
+        instructions, itemsize = 0.0, 0.0
+        seen, todo = set(), [operand]
+        while todo:
+            t = todo.pop()
+            if t < 0 or t in seen:
+                continue
+            seen.add(t)
+            tensor = graph.tensors[t]
+            if 2 * math.prod(tensor.shape) < size:
+                continue  # a number a row or a column
+            o = tensor.producer
+            inner = o >= 0 and graph.ops[o].region == region and o in self.loops
+            if not inner or self.ends_contraction(o):
+                itemsize += tensor.itemsize
+                continue
+            self.visited.add(o)
+            instructions += vector_cost(graph.ops[o].primitive)
+            todo += graph.ops[o].inputs
+        if not instructions:
+            itemsize = graph.tensors[operand].itemsize
+        return Chain(instructions, itemsize)
+
+    def inside(self) -> frozenset[int]:
+        """Ops of the chains whose results nothing but these chains and contractions read."""
+        graph, results = self.graph, set(self.graph.outputs)
+        found: set[int] = set()
+        for o in sorted(self.visited, reverse=True):
+            t = graph.ops[o].outputs[0]
+            if t not in results and all(
+                r in found or graph.ops[r].primitive in CONTRACTIONS
+                for r in self.readers.get(t, ())
+            ):
+                found.add(o)
+        return frozenset(found)

@@ -30,7 +30,7 @@ from cost_model.fitted import (
     soft_max,
     start_cycles,
 )
-from cost_model.matmul import matmul_cycles, matmul_time_s
+from cost_model.matmul import Product, matmul_cycles, matmul_time_s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,8 +159,8 @@ def attention_flops(
 ) -> np.ndarray:
     """What the peak would do in the time of attention's contractions, as they run alone: scores
     [q, kv] of ``pairs`` heads, and values [q, d]; a gradient has 2.5 rounds of the two."""
-    scores = matmul_cycles(device, c, pairs, q, d, kv, 2, 4)
-    values = matmul_cycles(device, c, pairs, q, kv, d, 2, 2)
+    scores = matmul_cycles(device, c, Product(b=pairs, m=q, k=d, n=kv, out=4))
+    values = matmul_cycles(device, c, Product(b=pairs, m=q, k=kv, n=d))
     return rounds * (scores + values) * device.peak("bfloat16") / device.core_clock_hz
 
 

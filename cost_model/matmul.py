@@ -23,6 +23,7 @@ With a profile, the residuals at the profiled shapes, averaged over near shapes,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,39 @@ from numpy.typing import ArrayLike
 
 from cost_model.device import Device, item_bytes
 from cost_model.fitted import load_calibration, nearby_residuals, soft_max, start_cycles
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Product:
+    """Products [m, k] @ [k, n], ``b`` of each; sizes are arrays of one shape."""
+
+    b: Any
+    m: Any
+    k: Any
+    n: Any
+    size: Any = 2
+    """bytes of an operand's element."""
+    out: Any = 2
+    """bytes of a result's element."""
+    turned: tuple[Any, Any] = (False, False)
+    """which operand lies transposed in memory: [k, m], [n, k]."""
+
+    @classmethod
+    def of(
+        cls,
+        batch: ArrayLike,
+        m: ArrayLike,
+        k: ArrayLike,
+        n: ArrayLike,
+        dtype: str = "bfloat16",
+        out_dtype: str | None = None,
+        turned: tuple[Any, Any] = (False, False),
+    ) -> Product:
+        """Of sizes that broadcast, operands of ``dtype`` and results of ``out_dtype``."""
+        sides = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (batch, m, k, n)))
+        b, m, k, n = sides
+        size, out = item_bytes(dtype), item_bytes(out_dtype or dtype)
+        return cls(b=b, m=m, k=k, n=n, size=size, out=out, turned=turned)
 
 
 def matmul_time_s(
@@ -47,73 +81,71 @@ def matmul_time_s(
 
     ``turned`` says which operand lies transposed in memory: [k, m], [n, k].
     """
-    shape = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (batch, m, k, n)))
-    b, m, k, n = shape
-    size, out = item_bytes(dtype), item_bytes(out_dtype or dtype)
+    product = Product.of(batch, m, k, n, dtype, out_dtype, turned)
     fit = load_calibration(device.calibration)
-    cycles = matmul_cycles(device, fit.constants["matmul"], b, m, k, n, size, out, turned, dtype)
+    cycles = matmul_cycles(device, fit.constants["matmul"], product, dtype)
     if "matmul" in fit.neighbours:
-        features = matmul_features(b, m, k, n, size, out, turned)
+        features = matmul_features(product)
         cycles = cycles * np.exp(nearby_residuals(*fit.neighbours["matmul"], features))
-    return np.where(b * m * k * n > 0, cycles / device.core_clock_hz, 0.0)
+    some = product.b * product.m * product.k * product.n > 0
+    return np.where(some, cycles / device.core_clock_hz, 0.0)
 
 
 def matmul_cycles(
-    device: Device,
-    c: Mapping[str, float],
-    b: np.ndarray,
-    m: np.ndarray,
-    k: np.ndarray,
-    n: np.ndarray,
-    size: int | np.ndarray,
-    out: int | np.ndarray,
-    turned: tuple[Any, Any] = (False, False),
-    dtype: str = "bfloat16",
+    device: Device, c: Mapping[str, float], x: Product, dtype: str = "bfloat16"
 ) -> np.ndarray:
-    """The formula of the module docstring; ``size`` and ``out`` are bytes of an element."""
-    width = device.matrix_tile
-    hz = device.core_clock_hz
-    peak = device.achievable_flops_per_s.get("bfloat16") if device.family == "gpu" else None
-    peak = (peak or device.peak("bfloat16")) * device.peak(dtype) / device.peak("bfloat16")
-    padded = np.minimum(_up(m, 8) * _up(n, width), _up(m, width) * _up(n, 8))
-    compute = c["compute_factor"] * 2 * b * padded * _up(k, width) / (peak / hz)
-    left, right, result = b * m * k * size, b * k * n * size, b * m * n * out
+    """The formula of the module docstring."""
+    hz, read = device.core_clock_hz, c["block"]
+    left, right, result = (
+        x.b * x.m * x.k * x.size,
+        x.b * x.k * x.n * x.size,
+        x.b * x.m * x.n * x.out,
+    )
     limit = c["resident_bytes"]
     large, small = np.maximum(left, right), np.minimum(left, right)
     resident = np.where(large <= limit, large, np.where(small <= limit, small, 0.0))
-    again = left * np.maximum(1, n / c["block"]) + right * np.maximum(1, m / c["block"])
+    again = left * np.maximum(1, x.n / read) + right * np.maximum(1, x.m / read)
     moved = np.where(resident > 0, left + right - resident, again) + result
     memory = c["memory_factor"] * moved / (device.hbm_bandwidth_bytes_per_s / hz)
-    registers = b * np.minimum(_up(m, 8) * _up(n, 128), _up(m, 128) * _up(n, 8)) / 1024
-    wide = np.asarray(out) > 2
-    drain = registers * (np.where(wide, c["drain_32"], c["drain_16"]) + c["drain_k"] * k / 1024)
-    load = np.where(np.asarray(size) > 2, c["load_32"] * (left + right) / 4096, 0.0)
-    ragged = ((b % 8 == 0) | (b == 2) | (b == 4)) & ((m % 8 > 0) | (n % 8 > 0))
+    registers = result_registers(x)
+    wide = np.asarray(x.out) > 2
+    drain = registers * (np.where(wide, c["drain_32"], c["drain_16"]) + c["drain_k"] * x.k / 1024)
+    load = np.where(np.asarray(x.size) > 2, c["load_32"] * (left + right) / 4096, 0.0)
+    ragged = ((x.b % 8 == 0) | (x.b == 2) | (x.b == 4)) & ((x.m % 8 > 0) | (x.n % 8 > 0))
     copy = np.where(ragged, c["copy_ragged"] * registers, 0.0)
-    turn = c["turn_left"] * np.asarray(turned[0]) * b * m * k * np.maximum(1, n / c["block"])
-    turn = turn + c["turn_right"] * np.asarray(turned[1]) * b * k * n * np.maximum(
-        1, m / c["block"]
+    turn = c["turn_left"] * np.asarray(x.turned[0]) * x.b * x.m * x.k * np.maximum(1, x.n / read)
+    turn = turn + c["turn_right"] * np.asarray(x.turned[1]) * x.b * x.k * x.n * np.maximum(
+        1, x.m / read
     )
+    compute = c["compute_factor"] * peak_cycles(device, x, dtype)
     peak_of_three = soft_max(c["sharpness"], compute, memory, drain)
     return (
-        start_cycles(device, c) + peak_of_three + load + copy + turn / 1024 + c["per_product"] * b
+        start_cycles(device, c) + peak_of_three + load + copy + turn / 1024 + c["per_product"] * x.b
     )
 
 
-def matmul_features(
-    b: np.ndarray,
-    m: np.ndarray,
-    k: np.ndarray,
-    n: np.ndarray,
-    size: int | np.ndarray,
-    out: int | np.ndarray,
-    turned: tuple[Any, Any] = (False, False),
-) -> np.ndarray:
+def peak_cycles(device: Device, x: Product, dtype: str) -> np.ndarray:
+    """Cycles of the matrix unit at its peak on shapes padded to its tiles."""
+    width = device.matrix_tile
+    peak = device.achievable_flops_per_s.get("bfloat16") if device.family == "gpu" else None
+    peak = (peak or device.peak("bfloat16")) * device.peak(dtype) / device.peak("bfloat16")
+    padded = np.minimum(_up(x.m, 8) * _up(x.n, width), _up(x.m, width) * _up(x.n, 8))
+    return 2 * x.b * padded * _up(x.k, width) / (peak / device.core_clock_hz)
+
+
+def result_registers(x: Product) -> np.ndarray:
+    """Registers of 8 x 128 of the results, whichever side lies along the lanes."""
+    along = np.minimum(_up(x.m, 8) * _up(x.n, 128), _up(x.m, 128) * _up(x.n, 8))
+    return x.b * along / 1024
+
+
+def matmul_features(x: Product) -> np.ndarray:
     """[..., F] coordinates in which near shapes have near residuals."""
-    columns = [np.log2(np.maximum(x, 1)) for x in (m, k, n, b)]
-    columns += [2.0 * (np.broadcast_to(x, m.shape) > 2) for x in (size, out)]
-    columns += [0.5 * (x % 128 > 0) for x in (m, k, n)]
-    columns += [0.5 * np.broadcast_to(x, m.shape) for x in turned]
+    sides = (x.m, x.k, x.n)
+    columns = [np.log2(np.maximum(side, 1)) for side in (*sides, x.b)]
+    columns += [2.0 * (np.broadcast_to(y, x.m.shape) > 2) for y in (x.size, x.out)]
+    columns += [0.5 * (side % 128 > 0) for side in sides]
+    columns += [0.5 * np.broadcast_to(y, x.m.shape) for y in x.turned]
     return np.stack(columns, axis=-1)
 
 

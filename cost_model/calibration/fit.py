@@ -32,7 +32,7 @@ from cost_model.compute import (
 )
 from cost_model.device import Device, item_bytes
 from cost_model.fitted import Calibration, nearby_residuals, parse_calibration
-from cost_model.matmul import matmul_cycles, matmul_features
+from cost_model.matmul import Product, matmul_cycles, matmul_features
 from graphs.errors import MeshwrightError
 
 Errors = dict[str, tuple[int, float, float]]
@@ -212,10 +212,10 @@ def errors_of(device: Device, content: dict[str, Any], rows: Sequence[Row]) -> E
 def predict_cycles(device: Device, fit: Calibration, item: Case) -> float:
     """Cycles of a case under this calibration."""
     if item.kind == "matmul":
-        b, m, k, n, size, out, turned = _matmul_arguments([item])
-        model = matmul_cycles(device, fit.constants["matmul"], b, m, k, n, size, out, turned)
+        product = _product([item])
+        model = matmul_cycles(device, fit.constants["matmul"], product)
         if "matmul" in fit.neighbours:
-            features = matmul_features(b, m, k, n, size, out, turned)
+            features = matmul_features(product)
             model = model * np.exp(nearby_residuals(*fit.neighbours["matmul"], features))
         return float(model[0])
     group = f"{item.kind}.{item.variant}"
@@ -236,22 +236,28 @@ def _work(device: Device, item: Case, dots: Mapping[str, float] | None) -> Work:
     return dataclasses.replace(work, flops=flops)
 
 
-def _matmul_arguments(items: Sequence[Case]) -> tuple[Any, ...]:
-    """b, m, k, n, bytes of an operand's element, bytes of a result's, which operand is turned."""
+def _product(items: Sequence[Case]) -> Product:
+    """The products of these cases."""
     dims = [dict(c.dims) for c in items]
-    sides = [np.array([float(d[x]) for d in dims]) for x in "bmkn"]
-    size = np.array([item_bytes(c.dtype) for c in items])
-    wide = [c.variant.partition("_")[2] or c.dtype for c in items]
-    turned = tuple(np.array([c.variant[:2] == form for c in items]) for form in ("tn", "nt"))
-    return (*sides, size, np.array([item_bytes(t) for t in wide]), turned)
+    b, m, k, n = (np.array([float(d.get(x, 1)) for d in dims]) for x in "bmkn")
+    forms, _, wide = zip(*(c.variant.partition("_") for c in items))
+    return Product(
+        b=b,
+        m=m,
+        k=k,
+        n=n,
+        size=np.array([item_bytes(c.dtype) for c in items]),
+        out=np.array([item_bytes(t or c.dtype) for t, c in zip(wide, items)]),
+        turned=(np.array([f == "tn" for f in forms]), np.array([f == "nt" for f in forms])),
+    )
 
 
 def _fit_matmul(device: Device, rows: list[Row]) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    b, m, k, n, size, out, turned = _matmul_arguments([r.case for r in rows])
+    product = _product([r.case for r in rows])
     measured = np.array([r.cycles for r in rows])
 
     def cycles(c: dict[str, float]) -> np.ndarray:
-        return matmul_cycles(device, c, b, m, k, n, size, out, turned)
+        return matmul_cycles(device, c, product)
 
     best: tuple[float, dict[str, float]] | None = None
     for resident in _RESIDENT_BYTES if device.family == "tpu" else [0.0]:
@@ -263,7 +269,7 @@ def _fit_matmul(device: Device, rows: list[Row]) -> tuple[dict[str, float], np.n
             best = (loss, constants | fixed)
     assert best is not None
     residuals = np.log(measured / cycles(best[1]))
-    return best[1], matmul_features(b, m, k, n, size, out, turned), residuals
+    return best[1], matmul_features(product), residuals
 
 
 def _fit_vector(

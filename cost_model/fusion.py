@@ -32,6 +32,7 @@ REDUCTIONS = frozenset(
 CONTRACTIONS = ("dot_general", "ragged_dot", "ragged_dot_general")
 _THROUGH = frozenset("reshape transpose squeeze expand_dims broadcast_in_dim stop_gradient".split())
 """Views that a chain may contain."""
+_CASTS = frozenset("convert_element_type reduce_precision".split())
 _ENDS = frozenset("concatenate pad slice split dynamic_slice dynamic_update_slice".split())
 
 
@@ -61,37 +62,13 @@ def materialised(grouping: Grouping) -> set[int]:
     return found
 
 
-def widened(grouping: Grouping) -> set[int]:
-    """Results of contractions that are only read as float32: XLA leaves them in that type."""
-    graph = grouping.graph
-    readers: dict[int, list[int]] = {}
-    for o, op in enumerate(graph.ops):
-        for t in op.inputs:
-            readers.setdefault(t, []).append(o)
-
-    def casts(t: int) -> bool:
-        found = readers.get(t, ())
-        return bool(found) and all(
-            graph.tensors[graph.ops[o].outputs[0]].dtype == "float32"
-            if graph.ops[o].primitive == "convert_element_type"
-            else graph.ops[o].primitive in ("transpose", "reshape")
-            and casts(graph.ops[o].outputs[0])
-            for o in found
-        )
-
-    return {
-        op.outputs[0] for op in graph.ops if op.primitive in CONTRACTIONS and casts(op.outputs[0])
-    }
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Chain:
-    """An operand that is computed inside the kernel that reads it."""
+    """An operand of a contraction, computed inside its kernel or stored."""
 
-    instructions: float
-    """Vector instructions of an element, :func:`vector_cost`; 0 where the
-    operand is stored."""
-    itemsize: float
+    instructions: float = 0.0
+    """Vector instructions of an element, :func:`vector_cost`; 0 where it is stored."""
+    itemsize: float = 2.0
     """Bytes read for an element, over all arrays of the operand's size."""
 
 
@@ -102,7 +79,7 @@ class Fusion:
     stored: frozenset[int]
     """Tensors that live in memory."""
     wide: frozenset[int]
-    """Results of contractions that stay in float32."""
+    """Results of contractions that stay in float32: what ends their kernels is computed in it."""
     chains: Mapping[int, tuple[Chain, Chain]]
     """Contraction op -> its left and right operand."""
     inside: frozenset[int]
@@ -111,11 +88,7 @@ class Fusion:
     @classmethod
     def of(cls, grouping: Grouping) -> Fusion:
         graph = grouping.graph
-        readers: dict[int, list[int]] = {}
-        for o, op in enumerate(graph.ops):
-            for t in op.inputs:
-                readers.setdefault(t, []).append(o)
-        walk = _Walk(grouping, readers)
+        walk = _Walk(grouping)
         chains = {
             o: (walk.chain(o, op.inputs[0]), walk.chain(o, op.inputs[1]))
             for o, op in enumerate(graph.ops)
@@ -123,7 +96,7 @@ class Fusion:
         }
         return cls(
             stored=frozenset(materialised(grouping)),
-            wide=frozenset(widened(grouping)),
+            wide=frozenset(graph.ops[o].outputs[0] for o in chains if walk.widens(o)),
             chains=chains,
             inside=walk.inside(),
         )
@@ -132,8 +105,12 @@ class Fusion:
 class _Walk:
     """Chains of a program, from its contractions back to what is stored."""
 
-    def __init__(self, grouping: Grouping, readers: Mapping[int, list[int]]) -> None:
-        self.grouping, self.graph, self.readers = grouping, grouping.graph, readers
+    def __init__(self, grouping: Grouping) -> None:
+        self.grouping, self.graph = grouping, grouping.graph
+        self.readers: dict[int, list[int]] = {}
+        for o, op in enumerate(self.graph.ops):
+            for t in op.inputs:
+                self.readers.setdefault(t, []).append(o)
         self.visited: set[int] = set()
         """Ops found inside a chain."""
         light = {o for g in grouping.groups if g.kind == LIGHT for o in g.ops}
@@ -152,29 +129,53 @@ class _Walk:
         return same and vector_cost(op.primitive) > 0
 
     def ends_contraction(self, o: int) -> bool:
-        """Whether the op runs at the end of the kernel of a contraction that only it reads."""
+        """Whether the op runs at the end of the kernel of a contraction that only it reads.
+
+        Changes of type and views go with what reads them: alone they are no reason to store.
+        """
+        op = self.graph.ops[o]
+        if op.primitive in _CASTS or op.primitive in _THROUGH:
+            return False
         if o not in self.last:
-            self.last[o] = False
             self.last[o] = any(
-                len(self.readers.get(t, ())) == 1 and self._from_contraction(t)
-                for t in self.graph.ops[o].inputs
-                if t >= 0 and self.graph.tensors[t].region == self.graph.ops[o].region
+                self._from_contraction(t) for t in op.inputs if t >= 0 and self._same_region(t, o)
             )
         return self.last[o]
 
+    def _same_region(self, t: int, o: int) -> bool:
+        return self.graph.tensors[t].region == self.graph.ops[o].region
+
     def _from_contraction(self, t: int) -> bool:
+        """Whether one op alone reads t, which a contraction's kernel has in hand."""
         producer = self.graph.tensors[t].producer
-        if producer < 0:
+        if producer < 0 or len(self.readers.get(t, ())) != 1:
             return False
-        if self.graph.ops[producer].primitive in CONTRACTIONS:
+        op = self.graph.ops[producer]
+        if op.primitive in CONTRACTIONS:
             return True
-        return producer in self.loops and self.ends_contraction(producer)
+        if producer not in self.loops:
+            return False
+        if op.primitive in _CASTS or op.primitive in _THROUGH:
+            return op.inputs[0] >= 0 and self._from_contraction(op.inputs[0])
+        return self.ends_contraction(producer)
+
+    def widens(self, contraction: int) -> bool:
+        """Whether the kernel of a contraction leaves float32, because it ends in such ops."""
+        o, wide = contraction, False
+        while True:
+            readers = self.readers.get(self.graph.ops[o].outputs[0], ())
+            if len(readers) != 1:
+                return False
+            o = readers[0]
+            if self.graph.ops[o].primitive not in _CASTS | _THROUGH:
+                return wide and self.ends_contraction(o)
+            wide = self.graph.tensors[self.graph.ops[o].outputs[0]].dtype == "float32"
 
     def chain(self, reader: int, operand: int) -> Chain:
         """What the contraction ``reader`` computes of its operand."""
         graph = self.graph
         region, size = graph.ops[reader].region, math.prod(graph.tensors[operand].shape)
-        instructions, itemsize = 0.0, 0.0
+        instructions, itemsize = 0.0, 0
         seen, todo = set(), [operand]
         while todo:
             t = todo.pop()
@@ -192,9 +193,7 @@ class _Walk:
             self.visited.add(o)
             instructions += vector_cost(graph.ops[o].primitive)
             todo += graph.ops[o].inputs
-        if not instructions:
-            itemsize = graph.tensors[operand].itemsize
-        return Chain(instructions, itemsize)
+        return Chain(instructions=instructions, itemsize=itemsize)
 
     def inside(self) -> frozenset[int]:
         """Ops of the chains whose results nothing but these chains and contractions read."""

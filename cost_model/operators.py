@@ -13,10 +13,11 @@ import math
 import numpy as np
 
 from cost_model.compute import memory_bound_time_s
+from cost_model.contraction import contraction_time_s
 from cost_model.device import Device
 from cost_model.fitted import load_calibration
-from cost_model.fusion import CONTRACTIONS, REDUCTIONS, Fusion, vector_cost
-from cost_model.matmul import matmul_time_s
+from cost_model.fusion import CONTRACTIONS, REDUCTIONS, Chain, Fusion, vector_cost
+from cost_model.matmul import Product, matmul_time_s
 from cost_model.pricing import Pricing
 from graphs.choices import Choices
 from graphs.groups import COPY, HEAVY, LEAF, Group, Grouping
@@ -93,17 +94,29 @@ def local_contraction(
 
 
 def contraction_s(
-    pricing: Pricing, x: dict[str, np.ndarray], dtype: str, out_dtype: str | None = None
+    pricing: Pricing,
+    x: dict[str, np.ndarray],
+    dtype: str,
+    out_dtype: str | None = None,
+    operands: tuple[Chain, Chain] | None = None,
 ) -> np.ndarray:
-    """[S] seconds; choices repeat few local shapes, and each is priced once per Pricing."""
-    kind = f"{dtype} {out_dtype}"
+    """[S] seconds; choices repeat few local shapes, and each is priced once per Pricing.
+
+    With ``operands`` as it runs inside a program, where they are computed or read; else alone.
+    """
+    kind = f"{dtype} {out_dtype} {operands}"
     shapes = np.stack([x["b"], x["m"], x["k"], x["n"]], axis=1)
     rows, inverse = np.unique(shapes, axis=0, return_inverse=True)
     known = pricing.contractions
     missing = [r for r in rows.tolist() if (kind, *r) not in known]
     if missing:
         b, m, k, n = np.array(missing).T
-        for r, t in zip(missing, matmul_time_s(pricing.device, b, m, k, n, dtype, out_dtype)):
+        if operands is None:
+            seconds = matmul_time_s(pricing.device, b, m, k, n, dtype, out_dtype)
+        else:
+            product = Product.of(b, m, k, n, dtype, out_dtype)
+            seconds = contraction_time_s(pricing.device, product, *operands, dtype)
+        for r, t in zip(missing, seconds):
             known[(kind, *r)] = float(t)
     return np.array([known[(kind, *r)] for r in rows.tolist()])[inverse.ravel()]
 
@@ -127,9 +140,12 @@ def _heavy(
     if op.primitive in CONTRACTIONS:
         _, x, _ = local_contraction(grouping, item, choices, pricing)
         dtype = graph.tensors[op.inputs[0]].dtype
-        program = load_calibration(device.calibration).constants["program"]
+        constants = load_calibration(device.calibration).constants
         out = "float32" if op.outputs[0] in fusion.wide else None
-        seconds = program["matmul"] * contraction_s(pricing, x, dtype, out)
+        operands = fusion.chains[index] if "contraction" in constants else None
+        seconds = contraction_s(pricing, x, dtype, out, operands)
+        if operands is None:
+            seconds = constants["program"]["matmul"] * seconds
         return ComputeEvent(op=index, region=op.region, seconds=seconds, kind="matmul")
     sizes = np.array(pricing.axis_sizes, np.float64)
     if rule.pins or op.primitive == "sharding_constraint":
@@ -196,8 +212,12 @@ def _light(
     seen: set[tuple[int, int]] = set()
     cast: set[int] = set()
     again: set[int] = set()
+    constants = load_calibration(pricing.device.calibration).constants
+    inside = fusion.inside if "contraction" in constants else frozenset()
     for o in item.ops:
         op = graph.ops[o]
+        if o in inside:
+            continue  # computed, and its operands read, by the contractions
         last[op.region] = o
         out = op.outputs[0]
         if op.primitive == "scan_stack":
@@ -240,7 +260,7 @@ def _light(
                 add(work, op.region, cost * elements)
                 widest[op.region] = np.maximum(widest.get(op.region, 0.0), elements)
     events = []
-    program = load_calibration(pricing.device.calibration).constants["program"]
+    program = constants["program"]
     clock = pricing.device.core_clock_hz
     for region in sorted({*moved, *work, *bare}):
         n_bytes = moved.get(region, 0.0)

@@ -53,7 +53,8 @@ def main(argv: list[str]) -> int:
 
 
 def _cases(config: Any, device: Any) -> list[Any]:
-    from cost_model.calibration.programs import PROGRAMS, cases
+    from cost_model.calibration.programs import PROGRAMS
+    from cost_model.calibration.shapes import cases
 
     kinds = _hydra.plain(config.kinds)
     unknown = sorted(set(kinds or ()) - set(PROGRAMS))

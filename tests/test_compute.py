@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from cost_model.calibration.cycles import read_cycles
 from cost_model.calibration.fit import fit_profile, predict_cycles, read_profile
-from cost_model.calibration.programs import build, cases, parse_case
+from cost_model.calibration.programs import build, parse_case
+from cost_model.calibration.shapes import cases
 from cost_model.cluster import parse_cluster
 from cost_model.compute import (
     attention_time_s,

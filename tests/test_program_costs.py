@@ -12,7 +12,7 @@ from cost_model.cluster import parse_cluster
 from cost_model.device import load_device
 from cost_model.estimate import estimate, ring_s
 from cost_model.fitted import load_calibration
-from cost_model.fusion import CONTRACTIONS, widened
+from cost_model.fusion import CONTRACTIONS, Fusion
 from cost_model.layout import layout_for
 from cost_model.matmul import matmul_time_s
 from cost_model.pricing import Pricing, reshard
@@ -84,13 +84,13 @@ def test_a_gather_along_two_dimensions_costs_a_copy_more():
     assert pricing.copy_s_per_byte > 0
 
 
-def test_results_that_are_only_read_as_float32_are_known():
+def test_results_whose_kernel_goes_on_in_float32_stay_in_it():
     def scores(q, k):
-        return jax.nn.softmax((q @ k.T).astype(jnp.float32)), (q @ k.T) @ k
+        scaled = (q @ k.T).astype(jnp.float32) * 0.1
+        return jax.nn.softmax(scaled), jax.nn.softmax((q @ k.T).astype(jnp.float32))
 
     half = jax.ShapeDtypeStruct((64, 32), jnp.bfloat16)
     grouping = group(trace(scores, half, half))
     graph = grouping.graph
     dots = [op.outputs[0] for op in graph.ops if op.primitive in CONTRACTIONS]
-    assert len(widened(grouping)) == 1
-    assert widened(grouping) < set(dots)
+    assert Fusion.of(grouping).wide == {dots[0]}

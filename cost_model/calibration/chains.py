@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-CHAINS = {
-    "plain": (1, 0),
-    "gain": (1, 4),
-    "relu2": (1, 4),
-    "gated": (2, 11),
-    "gatedgrad": (3, 17),
-    "gelu": (1, 17),
-    "gelugrad": (2, 29),
-    "weights": (1, 9),
-    "entropygrad": (1, 12),
+ARRAYS = {
+    "plain": 1,
+    "gain": 1,
+    "relu2": 1,
+    "gated": 2,
+    "gatedgrad": 3,
+    "gelu": 1,
+    "gelugrad": 2,
+    "weights": 1,
+    "entropygrad": 1,
 }
-"""Name -> arrays that the chain reads whole, vector instructions of an element (six for a
-transcendental, one for a change of type, as :func:`cost_model.fusion.vector_cost`)."""
+"""By name, 16-bit arrays of the operand's size that it is computed from."""
 
 
 def chain(name: str, dtype: str) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from cost_model.calibration.counts import (
     pass_elements,
     vector_instructions,
 )
+from cost_model.calibration.fit_contraction import fit_contraction, program_cycles
+from cost_model.calibration.least_squares import least_squares
 from cost_model.calibration.programs import Case, parse_case
 from cost_model.compute import (
     Work,
@@ -58,8 +60,6 @@ _NO_ESTIMATE = ("ragged_dot",)
 """Kinds whose compiler estimate is no time: 3 to 140 times a dense product of every group."""
 _LEAST_CYCLES = 1000
 """No kernel starts in less; a smaller sum means that one has no estimate."""
-_TRUST = 0.03
-"""Relative error that a constant of a variant may cost before it leaves that of its kind."""
 _BARE = ("add", "exp", "max_row", "cumsum", "argmax_row")
 """Programs that are no fused loop: single instructions, whose windows are not tuned, and scans."""
 _LARGE_REGISTERS = 500
@@ -148,6 +148,12 @@ def fit_rows(device: Device, rows: Sequence[Row], versions: dict[str, str]) -> d
         constants, points, residuals = _fit_matmul(device, dots)
         content["constants"]["matmul"] = constants
         _add_neighbours(content, "matmul", points, residuals)
+    fused_dots = [r for r in rows if r.case.kind == "fused"]
+    if dots and len(fused_dots) >= 8:
+        measured = np.array([r.cycles for r in fused_dots])
+        content["constants"]["contraction"] = fit_contraction(
+            device, parse_calibration(content), [r.case for r in fused_dots], measured
+        )
     resident = content["constants"].get("matmul", {}).get("resident_bytes", 0.0)
     loops = [r for r in rows if r.case.kind in ("elementwise", "optimizer", "reduce")]
     fused = [r for r in loops if r.case.variant not in _BARE]
@@ -218,6 +224,8 @@ def predict_cycles(device: Device, fit: Calibration, item: Case) -> float:
             features = matmul_features(product)
             model = model * np.exp(nearby_residuals(*fit.neighbours["matmul"], features))
         return float(model[0])
+    if item.kind == "fused":
+        return float(program_cycles(device, fit, [item])[0])
     group = f"{item.kind}.{item.variant}"
     fallback = item.kind if item.kind in fit.constants else "vector"
     work = _work(device, item, fit.constants["matmul"])
@@ -262,7 +270,7 @@ def _fit_matmul(device: Device, rows: list[Row]) -> tuple[dict[str, float], np.n
     best: tuple[float, dict[str, float]] | None = None
     for resident in _RESIDENT_BYTES if device.family == "tpu" else [0.0]:
         fixed = {"resident_bytes": resident}
-        constants, loss = _least_squares(
+        constants, loss = least_squares(
             lambda c, fixed=fixed: cycles(c | fixed), _MATMUL_BOUNDS, measured
         )
         if best is None or loss < best[0]:
@@ -297,7 +305,7 @@ def _fit_vector(
     if np.any(work.pieces > 0):
         bounds["per_piece"] = (1.0, 1e-3, 20000.0)
     fixed = {"resident_bytes": resident_bytes}
-    constants, _ = _least_squares(
+    constants, _ = least_squares(
         lambda c: class_cycles(device, c | fixed, work), bounds, measured, near
     )
     constants |= fixed
@@ -319,45 +327,6 @@ def _fit_any_loop(device: Device, rows: list[Row]) -> dict[str, float]:
         "sharpness": (4.0, 3.0, 12.0),
     }
     measured = np.array([r.cycles for r in rows])
-    return _least_squares(
+    return least_squares(
         lambda c: loop_cycles(device, c, n_bytes, instructions, elements), bounds, measured
     )[0]
-
-
-def _least_squares(
-    model: Callable[[dict[str, float]], np.ndarray],
-    bounds: dict[str, tuple[float, float, float]],
-    measured: np.ndarray,
-    near: dict[str, float] | None = None,
-) -> tuple[dict[str, float], float]:
-    """Constants within bounds, in logarithms, that make log(model / measured) small.
-
-    With ``near``, leaving one of those constants by a factor e costs as much as an error of _TRUST.
-    """
-    from scipy.optimize import least_squares
-
-    names = list(bounds)
-    start, low, high = np.log(np.array([bounds[n] for n in names])).T
-    target = np.log(measured)
-    anchor = None
-    if near is not None:
-        anchor = np.log([near.get(n, bounds[n][0]) for n in names])
-
-    def residual(x: np.ndarray) -> np.ndarray:
-        error = np.log(model(dict(zip(names, np.exp(x).tolist())))) - target
-        return error if anchor is None else np.concatenate([error, _TRUST * (x - anchor)])
-
-    starts = [start]
-    if anchor is not None:
-        starts.append(np.clip(anchor, low + 1e-6, high - 1e-6))
-    found = min(
-        (
-            least_squares(
-                residual, x, bounds=(low, high), loss="soft_l1", f_scale=0.1, max_nfev=200
-            )
-            for x in starts
-        ),
-        key=lambda f: f.cost,
-    )
-    values = {n: float(f"{v:.5g}") for n, v in zip(names, np.exp(found.x))}
-    return values, float(found.cost)

@@ -1,6 +1,6 @@
 """Cycles of a contraction inside a program, where XLA:TPU computes its operands in its kernel.
 
-    start + min over windows of (compute^p + memory^p + drain^p)^(1/p) + per_step steps
+    start + min over windows of (compute^p + vector^p + memory^p + drain^p)^(1/p) + per_step steps
     + load + per_product b
 
 The kernel holds a window [bm, bn] of the result on chip and goes through k for it in steps of
@@ -10,12 +10,13 @@ the window in float32 and twice as a 16-bit result, and a step of every array, t
 next one is on its way. The compiler takes the window of the least time.
 
 - compute: ``compute_factor`` times the peak cycles on padded shapes;
-- memory: ``memory_factor`` times bytes over bandwidth; an operand that the kernel before has left
-  on chip is not read and needs no room;
-- drain: ``drain`` cycles per register of results.
+- vector: ``vector_cycles`` per instruction of a chain and register of its operand, each time that
+  it is read;
+- memory: ``memory_factor`` times bytes over bandwidth; operands that the kernels before have left
+  on chip are not read, and need no room unless they are computed;
+- drain: ``drain`` cycles per register of 16-bit results.
 
-Start, load and products are those of :mod:`cost_model.matmul`. Vector instructions of the chains cost
-nothing that the fit can see: they run beside the matrix unit.
+Start, load and products are those of :mod:`cost_model.matmul`.
 """
 
 from __future__ import annotations
@@ -56,42 +57,47 @@ def contraction_cycles(
 ) -> np.ndarray:
     """[shapes] the formula of the module docstring; constants ``contraction`` and ``matmul``.
 
-    Operands of at most ``resident_bytes`` together, or one of them, are on chip already.
+    Operands of at most ``resident_bytes`` together are on chip already, and a result of at most
+    that many stays there.
     """
     c, alone = fit.constants["contraction"], fit.constants["matmul"]
     first, second = x.b * x.m * x.k, x.b * x.k * x.n
-    read_left, read_right = _read(first * left.itemsize, second * right.itemsize, resident_bytes)
-    per_left, per_right = read_left * left.itemsize, read_right * right.itemsize
-    rows, columns = (a.ravel() for a in np.meshgrid(_SIDES, _SIDES, indexing="ij"))
-    rows, columns = np.minimum(rows, _spread(x.m)), np.minimum(columns, _spread(x.n))
-    step = _spread(np.minimum(STEP, x.k))
-    room = _WINDOW_BYTES * rows * columns
-    room = room + 2 * step * (rows * _spread(per_left) + columns * _spread(per_right))
+    read = first * left.itemsize + second * right.itemsize > resident_bytes
+    rows, columns = _windows(c["window_bytes"], x, (left, right), read)
     again_left, again_right = np.ceil(_spread(x.n) / columns), np.ceil(_spread(x.m) / rows)
-    moved = _spread(first * per_left) * again_left + _spread(second * per_right) * again_right
-    moved = moved + _spread(x.b * x.m * x.n * x.out)
+    moved = _spread(first * read * left.itemsize) * again_left
+    moved = moved + _spread(second * read * right.itemsize) * again_right
+    result = x.b * x.m * x.n * x.out
+    moved = moved + _spread(np.where(result > resident_bytes, result, 0.0))
     memory = c["memory_factor"] * moved * device.core_clock_hz / device.hbm_bandwidth_bytes_per_s
+    vector = _spread(first * left.instructions) * again_left
+    vector = vector + _spread(second * right.instructions) * again_right
+    vector = c["vector_cycles"] * vector / 1024
     compute = c["compute_factor"] * peak_cycles(device, x, dtype)
-    drain = c["drain"] * result_registers(x)
-    busy = soft_max(c["sharpness"], _spread(compute), memory, _spread(drain))
-    steps = _spread(x.b) * again_left * again_right * np.ceil(_spread(x.k) / step)
-    fits = (room <= c["window_bytes"]) | (rows * columns <= _SIDES[0] ** 2)
-    found = np.where(fits, busy + c["per_step"] * steps, np.inf).min(-1)
+    narrow = np.asarray(x.out) <= 2  # results in float32 leave as they are
+    drain = np.where(narrow, c["drain"], alone["drain_32"]) * result_registers(x)
+    busy = soft_max(c["sharpness"], _spread(compute), vector, memory, _spread(drain))
+    steps = _spread(x.b * np.ceil(x.k / STEP)) * again_left * again_right
+    found = (busy + c["per_step"] * steps).min(-1)
     load = np.where(np.asarray(x.size) > 2, alone["load_32"] * (first + second) / 1024, 0.0)
     return start_cycles(device, alone) + found + load + alone["per_product"] * x.b
+
+
+def _windows(
+    limit: float, x: Product, operands: tuple[Chain, Chain], read: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns [shapes, windows] of results held at once; those that do not fit are the
+    smallest."""
+    rows, columns = (a.ravel() for a in np.meshgrid(_SIDES, _SIDES, indexing="ij"))
+    rows, columns = np.minimum(rows, _spread(x.m)), np.minimum(columns, _spread(x.n))
+    left, right = (np.where(o.instructions > 0, 1.0, read) * o.itemsize for o in operands)
+    step = np.minimum(STEP, x.k)
+    room = _WINDOW_BYTES * rows * columns
+    room = room + 2 * (rows * _spread(step * left) + columns * _spread(step * right))
+    fits = room <= limit
+    return tuple(np.where(fits, side, np.minimum(_SIDES[0], side)) for side in (rows, columns))
 
 
 def _spread(a: np.ndarray) -> np.ndarray:
     """With a last axis for the windows."""
     return np.asarray(a)[..., None]
-
-
-def _read(left: np.ndarray, right: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the bytes of each operand are read from device memory: not those of both where they
-    fit on chip, else not the larger, else not the smaller."""
-    large, small = np.maximum(left, right), np.minimum(left, right)
-    both = left + right <= limit
-    keeps = np.where(large <= limit, large, np.where(small <= limit, small, -1.0))
-    left_read = ~(both | (keeps == left))
-    right_read = ~(both | ((keeps == right) & (left != right)))
-    return left_read, right_read

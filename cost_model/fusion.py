@@ -32,6 +32,8 @@ REDUCTIONS = frozenset(
 CONTRACTIONS = ("dot_general", "ragged_dot", "ragged_dot_general")
 _THROUGH = frozenset("reshape transpose squeeze expand_dims broadcast_in_dim stop_gradient".split())
 """Views that a chain may contain."""
+BY_ROW = 5.0
+"""Vector instructions to spread one number a row along the lanes (profiled contractions of v6e)."""
 _CASTS = frozenset("convert_element_type reduce_precision".split())
 _ENDS = frozenset("concatenate pad slice split dynamic_slice dynamic_update_slice".split())
 
@@ -67,7 +69,8 @@ class Chain:
     """An operand of a contraction, computed inside its kernel or stored."""
 
     instructions: float = 0.0
-    """Vector instructions of an element, :func:`vector_cost`; 0 where it is stored."""
+    """Vector instructions of an element: :func:`vector_cost`, and ``BY_ROW`` for each operand that
+    has one number a row; 0 where it is stored."""
     itemsize: float = 2.0
     """Bytes read for an element, over all arrays of the operand's size."""
 
@@ -84,6 +87,14 @@ class Fusion:
     """Contraction op -> its left and right operand."""
     inside: frozenset[int]
     """Ops that run nowhere but inside contractions that read them."""
+    ended: frozenset[int]
+    """Ops that only pass on the result of a contraction, at the end of its kernel."""
+    at_end: frozenset[int]
+    """Tensors that a contraction's kernel has in hand: its result, and what passes it on."""
+
+    def at_hand(self, t: int) -> bool:
+        """Whether a contraction's kernel has this tensor, so that a reduction of it is free."""
+        return t in self.at_end
 
     @classmethod
     def of(cls, grouping: Grouping) -> Fusion:
@@ -99,6 +110,7 @@ class Fusion:
             wide=frozenset(graph.ops[o].outputs[0] for o in chains if walk.widens(o)),
             chains=chains,
             inside=walk.inside(),
+            **walk.ends(),
         )
 
 
@@ -191,9 +203,53 @@ class _Walk:
                 itemsize += tensor.itemsize
                 continue
             self.visited.add(o)
-            instructions += vector_cost(graph.ops[o].primitive)
+            instructions += vector_cost(graph.ops[o].primitive) + BY_ROW * self._by_row(o)
             todo += graph.ops[o].inputs
         return Chain(instructions=instructions, itemsize=itemsize)
+
+    def ends(self) -> dict[str, frozenset[int]]:
+        """The ops and tensors of ``Fusion.ended`` and ``Fusion.at_end``."""
+        ended, at_end = set(), set()
+        for o, op in enumerate(self.graph.ops):
+            if op.primitive in CONTRACTIONS:
+                at_end.add(op.outputs[0])
+            elif o in self.loops and self._passes_on(o, at_end):
+                ended.add(o)
+                at_end.add(op.outputs[0])
+        return {"ended": frozenset(ended), "at_end": frozenset(at_end)}
+
+    def _passes_on(self, o: int, at_end: set[int]) -> bool:
+        """Whether an op reads nothing of its size but a contraction's result that only it reads."""
+        op = self.graph.ops[o]
+        size = math.prod(self.graph.tensors[op.outputs[0]].shape)
+        large = [
+            t for t in op.inputs if t >= 0 and 2 * math.prod(self.graph.tensors[t].shape) > size
+        ]
+        return (
+            bool(large)
+            and all(
+                (t in at_end and len(self.readers[t]) == 1 and self._same_region(t, o))
+                or self._made_of_little(t)
+                for t in large
+            )
+            and any(t in at_end for t in large)
+        )
+
+    def _made_of_little(self, t: int) -> bool:
+        """Whether a tensor is a view or a comparison of small ones, as masks are."""
+        size = math.prod(self.graph.tensors[t].shape)
+        o = self.graph.tensors[t].producer
+        if o < 0 or o not in self.loops:
+            return o >= 0 and self.graph.ops[o].primitive == "iota"
+        return all(
+            s < 0 or 2 * math.prod(self.graph.tensors[s].shape) <= size or self._made_of_little(s)
+            for s in self.graph.ops[o].inputs
+        )
+
+    def _by_row(self, o: int) -> int:
+        """Operands of an op with one number a row, which has to be spread along the row."""
+        shapes = [self.graph.tensors[t].shape for t in self.graph.ops[o].inputs if t >= 0]
+        return sum(len(s) > 1 and s[-1] == 1 and math.prod(s) > 1 for s in shapes)
 
     def inside(self) -> frozenset[int]:
         """Ops of the chains whose results nothing but these chains and contractions read."""

@@ -16,11 +16,12 @@ from cost_model.compute import memory_bound_time_s
 from cost_model.contraction import contraction_time_s
 from cost_model.device import Device
 from cost_model.fitted import load_calibration
-from cost_model.fusion import CONTRACTIONS, REDUCTIONS, Chain, Fusion, vector_cost
+from cost_model.fusion import CONTRACTIONS, Chain, Fusion
+from cost_model.loops import loop_seconds
 from cost_model.matmul import Product, matmul_time_s
 from cost_model.pricing import Pricing
 from graphs.choices import Choices
-from graphs.groups import COPY, HEAVY, LEAF, Group, Grouping
+from graphs.groups import COPY, HEAVY, Group, Grouping
 from graphs.rules import WHOLE
 from graphs.rules.kernel import grid_steps, kernel_bytes
 
@@ -59,7 +60,10 @@ def compute_events(
         return [_heavy(grouping, item, choices, pricing, fusion)]
     if item.kind == COPY:
         return []
-    return _light(grouping, item, choices, pricing, fusion)
+    return [
+        ComputeEvent(op=op, region=region, seconds=seconds, kind="vector")
+        for op, region, seconds in loop_seconds(grouping, item, choices, pricing, fusion)
+    ]
 
 
 def local_contraction(
@@ -179,115 +183,3 @@ def _kernel_s(params, flops: float, device: Device) -> float:
     products = flops / (device.peak("bfloat16") * _KERNEL_EFFICIENCY)
     moved = kernel_bytes(params) / (device.hbm_bandwidth_bytes_per_s * _SUSTAINED_MEMORY)
     return max(products, moved) + grid_steps(params) * _KERNEL_STEP_S
-
-
-def _light(
-    grouping: Grouping, item: Group, choices: Choices, pricing: Pricing, fusion: Fusion
-) -> list[ComputeEvent]:
-    graph = grouping.graph
-    batches = set(graph.inputs) - {graph.inputs[a] for a, _ in graph.aliases}
-    state = {graph.outputs[b] for _, b in graph.aliases}
-    updates = any(t in state for t in item.tensors)
-    moved: dict[int, np.ndarray] = {}
-    work: dict[int, np.ndarray] = {}
-    passes: dict[int, np.ndarray] = {}
-    widest: dict[int, np.ndarray] = {}
-    bare: dict[int, np.ndarray] = {}
-    last: dict[int, int] = {}
-    cache: dict[tuple[int, ...], np.ndarray] = {}
-
-    def local(t: int, dims) -> np.ndarray:
-        if dims not in cache:
-            cache[dims] = 1.0 / pricing.shards(choices.specs(dims))
-        return math.prod(graph.tensors[t].shape) * cache[dims]
-
-    def add(table, region, amount):
-        table[region] = table.get(region, 0.0) + amount
-
-    for view in item.views:
-        add(moved, view.region, local(view.tensor, view.dims) * graph.tensors[view.tensor].itemsize)
-    for t in item.tensors:
-        if t in batches:  # an argument that is no state is brought in once a step
-            add(moved, 0, local(t, item.tensors[t]) * graph.tensors[t].itemsize)
-    seen: set[tuple[int, int]] = set()
-    cast: set[int] = set()
-    again: set[int] = set()
-    constants = load_calibration(pricing.device.calibration).constants
-    inside = fusion.inside if "contraction" in constants else frozenset()
-    for o in item.ops:
-        op = graph.ops[o]
-        if o in inside:
-            continue  # computed, and its operands read, by the contractions
-        last[op.region] = o
-        out = op.outputs[0]
-        if op.primitive == "scan_stack":
-            t = op.inputs[0]
-            dims = item.tensors[out][1:]
-            add(moved, op.region, local(t, dims) * graph.tensors[t].itemsize)
-            if updates:  # the stack that gradients are put into is filled first
-                home = graph.regions[op.region].parent
-                add(bare, home, local(out, item.tensors[out]))
-                last.setdefault(home, o)
-            continue
-        if item.kind == LEAF and op.primitive in ("scan_slice", "convert_element_type"):
-            # casts of weights are hoisted out of loops and made once, by kernels of their own
-            source = op.inputs[0]
-            if source in again or source in cast:
-                again.update(op.outputs)
-                continue
-            cast.add(source)
-        for t in op.inputs:
-            if t in item.tensors and (t, op.region) not in seen:
-                tensor = graph.tensors[t]
-                outside = tensor.producer < 0 or graph.ops[tensor.producer].region != op.region
-                if outside and op.primitive not in ("carry_in", "carry_out", "scan_slice"):
-                    seen.add((t, op.region))
-                    add(moved, op.region, local(t, item.tensors[t]) * tensor.itemsize)
-        if op.primitive == "scan_slice":
-            add(moved, op.region, local(out, item.tensors[out]) * graph.tensors[out].itemsize)
-            continue
-        if op.primitive in REDUCTIONS and op.inputs[0] in item.tensors:
-            add(passes, op.region, local(op.inputs[0], item.tensors[op.inputs[0]]))
-        if item.kind == LEAF and op.primitive == "convert_element_type":
-            add(bare, op.region, local(out, item.tensors[out]))
-        for t in op.outputs:
-            tensor = graph.tensors[t]
-            if t in fusion.stored and op.primitive not in ("carry_in", "carry_out"):
-                add(moved, op.region, local(t, item.tensors[t]) * tensor.itemsize)
-            cost = vector_cost(op.primitive)
-            if cost:
-                elements = local(t, item.tensors[t])
-                add(work, op.region, cost * elements)
-                widest[op.region] = np.maximum(widest.get(op.region, 0.0), elements)
-    events = []
-    program = constants["program"]
-    clock = pricing.device.core_clock_hz
-    for region in sorted({*moved, *work, *bare}):
-        n_bytes = moved.get(region, 0.0)
-        flops = work.get(region, 0.0)
-        # in whole programs XLA fuses these loops into their neighbours, so that they share their
-        # start and part of their passes
-        vector = flops / pricing.device.vector_flops_per_s
-        cycles = program["pass_cycles"] * widest.get(region, 0.0)
-        cycles = cycles + program["reduce_cycles"] * passes.get(region, 0.0)
-        vector = np.maximum(vector, cycles / 1024 / clock)
-        vector = np.maximum(vector, program["bare_cycles"] * bare.get(region, 0.0) / 1024 / clock)
-        seconds = np.maximum(fused_bytes_s(pricing.device, n_bytes), vector)
-        seconds = seconds + np.zeros(len(choices))
-        position = last.get(region)
-        if position is None:
-            readers = [o for v in item.views if v.region == region for o in v.ops]
-            position = min(readers, default=0)
-        events.append(ComputeEvent(op=position, region=region, seconds=seconds, kind="vector"))
-    return events
-
-
-def fused_bytes_s(device: Device, n_bytes) -> np.ndarray:
-    """Seconds to move bytes inside fused loops: at the sustained share of memory bandwidth, or at
-    the cache's where all of them fit into it."""
-    moved = np.asarray(n_bytes)
-    seconds = moved / (device.hbm_bandwidth_bytes_per_s * _SUSTAINED_MEMORY)
-    if device.cache_bytes:
-        cached = moved / device.cache_bandwidth_bytes_per_s
-        seconds = np.where(moved <= device.cache_bytes, cached, seconds)
-    return seconds

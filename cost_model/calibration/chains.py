@@ -9,22 +9,42 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-ARRAYS = {
-    "plain": 1,
-    "gain": 1,
-    "relu2": 1,
-    "gated": 2,
-    "gatedgrad": 3,
-    "gelu": 1,
-    "gelugrad": 2,
-    "weights": 1,
-    "entropygrad": 1,
+from cost_model.fusion import BY_ROW
+
+READS = {
+    "plain": ("bfloat16",),
+    "gain": ("bfloat16",),
+    "relu2": ("bfloat16",),
+    "gated": ("bfloat16",) * 2,
+    "gatedgrad": ("bfloat16",) * 3,
+    "gelu": ("bfloat16",),
+    "gelugrad": ("bfloat16",) * 2,
+    "weights": ("bfloat16",),
+    "entropygrad": ("bfloat16",),
+    "softmax": ("float32",),
+    "softmaxgrad": ("float32", "bfloat16"),
 }
-"""By name, 16-bit arrays of the operand's size that it is computed from."""
+"""By name, types of the arrays of the operand's size that it is computed from."""
+
+INSTRUCTIONS = {
+    "plain": 0,
+    "gain": 3 + BY_ROW,
+    "relu2": 4,
+    "gated": 11,
+    "gatedgrad": 16,
+    "gelu": 15,
+    "gelugrad": 24,
+    "weights": 9 + BY_ROW,
+    "entropygrad": 11,
+    "softmax": 8 + BY_ROW,
+    "softmaxgrad": 11 + 2 * BY_ROW,
+}
+"""By name, vector instructions of an element as :class:`cost_model.fusion.Chain` counts them:
+six for a transcendental, one for a change of type."""
 
 
 def chain(name: str, dtype: str) -> Callable[..., Any]:
-    """The function of arrays [r, c] and, for ``gain`` and ``weights``, one number a row [r, 1]."""
+    """The function of arrays [..., r, c] and, where :func:`by_row`, numbers of rows [..., r, 1]."""
     import jax
     import jax.numpy as jnp
 
@@ -45,9 +65,11 @@ def chain(name: str, dtype: str) -> Callable[..., Any]:
         "entropygrad": f32(lambda x: (jnp.exp(x) - jnp.where(x > 0, 1.0, 0.0)) * 2),
         "weights": lambda x, r: jnp.exp(x.astype(jnp.float32) - r).astype(dtype),
     }
+    functions["softmax"] = functions["weights"]
+    functions["softmaxgrad"] = lambda x, g, r: (jnp.exp(x - r) * (g - r)).astype(dtype)
     return functions[name]
 
 
 def by_row(name: str) -> bool:
     """Whether the chain also reads one float32 number a row."""
-    return name in ("gain", "weights")
+    return name in ("gain", "weights", "softmax", "softmaxgrad")

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cost_model.calibration.chains import ARRAYS
+from cost_model.calibration.chains import INSTRUCTIONS, READS
 from cost_model.calibration.least_squares import least_squares
 from cost_model.calibration.programs import LOOP_STEPS, Case
 from cost_model.contraction import contraction_cycles
-from cost_model.device import Device
+from cost_model.device import Device, item_bytes
 from cost_model.fitted import Calibration
 from cost_model.fusion import Chain
 from cost_model.matmul import Product
@@ -24,6 +24,7 @@ _BOUNDS: dict[str, tuple[float, float, float]] = {
     "loop": (3000, 10, 30000),
     "compute_factor": (1.03, 0.5, 1.5),
     "memory_factor": (1.3, 0.5, 4.0),
+    "vector_cycles": (0.3, 0.001, 20),
     "drain": (5, 0.01, 50),
     "per_step": (100, 1, 5000),
     "sharpness": (4, 1.5, 12),
@@ -42,10 +43,14 @@ def program_cycles(device: Device, fit: Calibration, items: Sequence[Case]) -> n
     kinds = [item.variant for item in items]
     for kind in sorted(set(kinds)):
         own = np.array([i for i, k in enumerate(kinds) if k == kind])
-        _, left, right = kind.split("_")
-        m, k, n = (np.array([float(dict(items[i].dims)[x]) for i in own]) for x in "mkn")
-        product = Product.of(1.0, m, k, n)
-        first, second = (Chain(itemsize=2.0 * ARRAYS[side]) for side in (left, right))
+        _, left, right, *out = kind.split("_")
+        dims = [dict(items[i].dims) for i in own]
+        b, m, k, n = (np.array([float(d.get(x, 1)) for d in dims]) for x in "bmkn")
+        product = Product.of(b, m, k, n, out_dtype=(*out, None)[0])
+        first, second = (
+            Chain(instructions=INSTRUCTIONS[side], itemsize=sum(map(item_bytes, READS[side])))
+            for side in (left, right)
+        )
         cycles = contraction_cycles(device, fit, product, first, second)
         found[own] = LOOP_STEPS * (cycles + fit.constants["contraction"]["loop"])
     return found

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from cost_model.calibration.chains import ARRAYS, by_row, chain
+from cost_model.calibration.chains import READS, by_row, chain
 from graphs.errors import MeshwrightError
 
 Shape = dict[str, int]
@@ -272,25 +272,29 @@ def _fused(variant: str, dtype: str, s: Shape) -> tuple[Callable[..., Any], list
     import jax
     import jax.numpy as jnp
 
-    form, *names = variant.split("_")
-    sides = tuple(zip(names, _MATMUL[form]))
-    arrays = []
-    for name, side in sides:
-        whole = [_array(dtype, LOOP_STEPS, *(s[c] for c in side))] * ARRAYS[name]
-        rows = [_array("float32", LOOP_STEPS, s[side[0]], 1)] * by_row(name)
-        arrays.append((*whole, *rows))
-    left, right = (side for _, side in sides)
+    form, first, second, *out = variant.split("_")
+    batch = "b" if s.get("b", 1) > 1 else ""
+    left, right = (batch + side for side in _MATMUL[form])
+    spec = f"{left},{right}->{batch}mn"
+    arrays = [
+        _chain_arrays(name, [s[c] for c in side]) for name, side in ((first, left), (second, right))
+    ]
 
     def program(*stacks: Any) -> Any:
         def layer(done: Any, one: Any) -> Any:
-            first = one[: len(arrays[0])]
-            parts = (first, one[len(arrays[0]) :])
-            a, b = (chain(name, dtype)(*xs) for (name, _), xs in zip(sides, parts))
-            return done, jnp.einsum(f"{left},{right}->mn", a, b, preferred_element_type=dtype)
+            cut = len(arrays[0])
+            a, b = chain(first, dtype)(*one[:cut]), chain(second, dtype)(*one[cut:])
+            return done, jnp.einsum(spec, a, b, preferred_element_type=(*out, dtype)[0])
 
         return jax.lax.scan(layer, 0, stacks)[1]
 
     return program, [*arrays[0], *arrays[1]]
+
+
+def _chain_arrays(name: str, shape: list[int]) -> list[Any]:
+    """Stacked inputs of a chain over ``shape``."""
+    whole = [_array(dtype, LOOP_STEPS, *shape) for dtype in READS[name]]
+    return [*whole, *[_array("float32", LOOP_STEPS, *shape[:-1], 1)] * by_row(name)]
 
 
 PROGRAMS: dict[str, Callable[[str, str, Shape], tuple[Callable[..., Any], list[Any]]]] = {

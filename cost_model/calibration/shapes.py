@@ -6,9 +6,14 @@ import math
 
 import numpy as np
 
-from cost_model.calibration.chains import ARRAYS
+from cost_model.calibration.chains import READS
 from cost_model.calibration.programs import Case, case
 
+_SCORES = "nt_plain_plain_float32"
+_OF_SCORES = (_SCORES, "nn_softmax_plain", "nn_softmaxgrad_plain")
+"""Products of attention: scores, and what is computed from them."""
+_OFF_CHIP = 1 << 25
+"""Scores that no device keeps on chip."""
 _BYTES_LIMIT = 3 << 30
 """Largest operand or result of a case, so that every device can hold it."""
 
@@ -103,7 +108,7 @@ def cases(seed: int = 0, scale: float = 1.0, largest: float | None = None) -> li
         variant = str(rng.choice(["adamw", "lion", "sgd"]))
         add(case("optimizer", variant, str(rng.choice(["bfloat16", "float32"])), r=r, c=c), r * c)
     for _ in times(100):
-        form, left = str(rng.choice(["nn", "nt", "tn"])), str(rng.choice(list(ARRAYS)))
+        form, left = str(rng.choice(["nn", "nt", "tn"])), str(rng.choice(list(READS)[:9]))
         right = str(rng.choice(["plain", "plain", "gain", left]))
         if rng.random() < 0.25:
             left, right = right, left
@@ -111,4 +116,13 @@ def cases(seed: int = 0, scale: float = 1.0, largest: float | None = None) -> li
         if 2 * m * k * n < 2e13:
             item = case("fused", f"{form}_{left}_{right}", "bfloat16", m=m, k=k, n=n)
             add(item, 2 * m * k, 2 * k * n, 2 * m * n)
+    for _ in times(40):
+        b, seq = 2 ** int(rng.integers(2, 8)), 2 ** int(rng.integers(9, 14))
+        head = int(rng.choice([64, 128, 256]))
+        variant = str(rng.choice(_OF_SCORES))
+        sides = {"m": seq, "k": seq, "n": head}
+        if variant == _SCORES:
+            sides = {"m": seq, "k": head, "n": seq}
+        if b * seq * seq >= _OFF_CHIP:
+            add(case("fused", variant, "bfloat16", b=b, **sides), 2 * b * seq * seq)
     return list(out.values())

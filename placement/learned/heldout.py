@@ -29,6 +29,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from graphs.collecting import settle
 from graphs.errors import MeshwrightError
 from placement.compile_cache import write_atomically
 from placement.learned.anytime import Curve
@@ -195,6 +196,7 @@ def _missing(folder, problem, names, seeds, evaluations, deep_seeds, deep_evalua
 def _run(folder, problem, todo, runners, max_axes: int, wants_bound: bool, seconds: float) -> None:
     from placement.learned.instance import Instance
 
+    settle()  # what earlier problems left is no work of this one
     instance = Instance(problem, max_axes=max_axes)
     common = dict(
         problem=problem.name,

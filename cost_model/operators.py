@@ -151,7 +151,7 @@ def local_contraction(
     }
     local = {}
     for name, found in classes.items():
-        on = np.isin(choices.place, list(found))
+        on = choices.sharding(found)
         local[name] = full[name] / np.where(on, sizes, 1.0).prod(-1)
     return index, local, classes
 
@@ -162,14 +162,25 @@ def contraction_s(
     """[S] seconds; choices repeat few local shapes, and each is priced once per Pricing."""
     kind = f"{dtype} {out_dtype}"
     shapes = np.stack([x["b"], x["m"], x["k"], x["n"]], axis=1)
-    rows, inverse = np.unique(shapes, axis=0, return_inverse=True)
+    rows, inverse = _distinct(shapes)
     known = pricing.contractions
     missing = [r for r in rows.tolist() if (kind, *r) not in known]
     if missing:
         b, m, k, n = np.array(missing).T
         for r, t in zip(missing, matmul_time_s(pricing.device, b, m, k, n, dtype, out_dtype)):
             known[(kind, *r)] = float(t)
-    return np.array([known[(kind, *r)] for r in rows.tolist()])[inverse.ravel()]
+    return np.array([known[(kind, *r)] for r in rows.tolist()])[inverse]
+
+
+def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As ``np.unique(rows, axis=0, return_inverse=True)``, several times faster for narrow rows."""
+    order = np.lexsort(rows.T[::-1])
+    ordered = rows[order]
+    new = np.ones(len(rows), bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    inverse = np.empty(len(rows), np.int64)
+    inverse[order] = np.cumsum(new) - 1
+    return ordered[new], inverse
 
 
 def contracts(grouping: Grouping, g: int) -> bool:
@@ -202,7 +213,7 @@ def _heavy(
         )
     if op.primitive in ("conv_general_dilated", "pallas_call"):
         classes = [c for c in item.factors if c != WHOLE]
-        shards = np.where(np.isin(choices.place, classes), sizes, 1.0).prod(-1)
+        shards = np.where(choices.sharding(classes), sizes, 1.0).prod(-1)
         if op.primitive == "pallas_call":
             seconds = _kernel_s(op.params, rule.flops, device) / shards
             return ComputeEvent(op=index, region=op.region, seconds=seconds, kind="matmul")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -44,6 +45,14 @@ class Choices:
             found.flags.writeable = False  # it is shared
         return found
 
+    def sharding(self, classes: Iterable[int]) -> np.ndarray:
+        """[S, A] bool: whether the axis shards one of the classes."""
+        return _among(self.place, classes)
+
+    def scattering(self, classes: Iterable[int]) -> np.ndarray:
+        """[S, A] bool: whether partial results are scattered along one of the classes."""
+        return _among(self.scatter, classes)
+
     @functools.cached_property
     def _specs(self) -> dict[tuple[tuple[int, ...], bool], np.ndarray]:
         """Specs that were asked for."""
@@ -59,6 +68,14 @@ class Choices:
             scattered = np.where(self.scatter == NONE, NONE, lut[np.maximum(self.scatter, 0)])
             out = np.where(scattered != NONE, scattered, out)
         return out.astype(np.int8)
+
+
+def _among(placed: np.ndarray, classes: Iterable[int]) -> np.ndarray:
+    """Whether each entry is one of the classes; NONE is none of them. As ``np.isin``, but cheap for
+    the small arrays that there are thousands of."""
+    found = np.zeros(129, bool)  # the last one is where NONE looks
+    found[list(classes)] = True
+    return found[placed]
 
 
 def choices_of(

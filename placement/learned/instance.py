@@ -300,7 +300,10 @@ def trace_variant(
 
 def _slim(simulator: Simulator) -> Simulator:
     """Without the bytes of each event, which only reports read."""
-    events = tuple(dataclasses.replace(e, n_bytes=None) for e in simulator.tables.events)
+    events = tuple(
+        e if e.n_bytes is None else dataclasses.replace(e, n_bytes=None)
+        for e in simulator.tables.events
+    )
     return dataclasses.replace(
         simulator, tables=dataclasses.replace(simulator.tables, events=events)
     )

@@ -25,6 +25,8 @@ from graphs.choices import Choices
 from graphs.groups import COPY, HEAVY, LEAF, Group, Grouping
 
 COMPUTE, COLLECTIVE, RESHARD = 0, 1, 2
+_FEW_AXES = 3
+"""Axes up to which specs are counted by their code rather than sorted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,9 +148,16 @@ def _specs_of(grouping: Grouping, g: int, tensor: int, menu: Choices) -> np.ndar
 
 
 def _unique(specs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    code = ((specs.astype(np.int64) + 1) * 9 ** np.arange(specs.shape[1])).sum(-1)
-    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
-    return specs[first], inverse.astype(np.int32)
+    code = (specs.astype(np.int64) + 1) @ 9 ** np.arange(specs.shape[1])
+    if specs.shape[1] > _FEW_AXES:
+        _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+        return specs[first], inverse.astype(np.int32)
+    at = np.full(9 ** specs.shape[1], -1)
+    at[code[::-1]] = np.arange(len(code))[::-1]  # the first of each
+    present = np.flatnonzero(at >= 0)
+    number = np.zeros(len(at), np.int32)
+    number[present] = np.arange(len(present))
+    return specs[at[present]], number[code]
 
 
 def reshards(grouping, node_of, choices, pricing, times, sliced):

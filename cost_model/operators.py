@@ -223,12 +223,12 @@ def _heavy(
         )
     moved = np.zeros(len(choices))
     for t, dims in item.tensors.items():
-        specs = choices.specs(dims, result=True)
-        moved += graph.tensors[t].n_bytes / pricing.shards(specs)
+        moved += graph.tensors[t].n_bytes / choices.shards(dims, pricing.axis_sizes, result=True)
     for view in item.views:
         if op.primitive == "gather" and graph.tensors[view.tensor].shape == shapes[0]:
             continue  # only the looked-up rows are read
-        moved += graph.tensors[view.tensor].n_bytes / pricing.shards(choices.specs(view.dims))
+        shards = choices.shards(view.dims, pricing.axis_sizes)
+        moved += graph.tensors[view.tensor].n_bytes / shards
     seconds = memory_bound_time_s(device, 2.0 * moved / _GATHER_EFFICIENCY)
     return ComputeEvent(op=index, region=op.region, seconds=seconds, kind="gather")
 
@@ -257,8 +257,8 @@ def _light(
 
     def local(t: int, dims) -> np.ndarray:
         if dims not in cache:
-            cache[dims] = 1.0 / pricing.shards(choices.specs(dims))
-        return math.prod(graph.tensors[t].shape) * cache[dims]
+            cache[dims] = 1.0 / choices.shards(dims, pricing.axis_sizes)
+        return graph.tensors[t].n_elements * cache[dims]
 
     def add(table, region, amount):
         table[region] = table.get(region, 0.0) + amount

@@ -169,7 +169,7 @@ def combine_events(
         if not on.any():
             continue
         tensor = graph.tensors[result]
-        final = pricing.shards(choices.specs(item.tensors[result], result=True))
+        final = choices.shards(item.tensors[result], pricing.axis_sizes, result=True)
         scattered = on & (choices.scatter >= 0) & ~_over_dimensions(choices)[:, None]
         sizes = np.array(pricing.axis_sizes, np.float64)
         scatter_ways = np.where(scattered, sizes, 1.0).prod(-1)

@@ -182,7 +182,7 @@ def _charge(event: Event, i: int, weight: float, nodes, edges) -> None:
     if i == j:
         nodes[i] = nodes[i] + weight * event.seconds[event.rows, event.columns]
         return
-    full = weight * event.seconds[np.ix_(event.rows, event.columns)]
+    full = weight * event.seconds[event.rows[:, None], event.columns]
     if i > j:
         i, j, full = j, i, full.T
     edges[(i, j)] = edges[(i, j)] + full if (i, j) in edges else np.ascontiguousarray(full)

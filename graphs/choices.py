@@ -45,6 +45,19 @@ class Choices:
             found.flags.writeable = False  # it is shared
         return found
 
+    def shards(
+        self, dims: tuple[int, ...], axis_sizes: tuple[int, ...], *, result: bool = False
+    ) -> np.ndarray:
+        """[S] float64: number of shards of a tensor (``dims``, ``result``: as for specs)."""
+        key = (dims, axis_sizes, result)
+        found = self._shards.get(key)
+        if found is None:
+            on = self.specs(dims, result=result) >= 0
+            found = np.where(on, np.array(axis_sizes, np.float64), 1.0).prod(axis=-1)
+            found.flags.writeable = False  # it is shared
+            self._shards[key] = found
+        return found
+
     def sharding(self, classes: Iterable[int]) -> np.ndarray:
         """[S, A] bool: whether the axis shards one of the classes."""
         return _among(self.place, classes)
@@ -56,6 +69,11 @@ class Choices:
     @functools.cached_property
     def _specs(self) -> dict[tuple[tuple[int, ...], bool], np.ndarray]:
         """Specs that were asked for."""
+        return {}
+
+    @functools.cached_property
+    def _shards(self) -> dict[tuple[tuple[int, ...], tuple[int, ...], bool], np.ndarray]:
+        """Shards that were asked for."""
         return {}
 
     def _make_specs(self, dims: tuple[int, ...], result: bool) -> np.ndarray:

@@ -168,6 +168,8 @@ class _Builder:
             args = [read(v) for v in eqn.invars]
             called = called_jaxpr(eqn)
             name = eqn.primitive.name
+            if name == "select_n":  # as where it is called with literals, by jnp.where
+                args = self._materialise(eqn, args, eqn, region)
             if called is not None:
                 inner, inner_consts = called
                 if name in ("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call"):

@@ -76,6 +76,26 @@ def test_an_update_traced_in_line_is_the_same_program(name, clip_norm, monkeypat
         assert said(one) == said(other)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_applying_a_plan_counts_the_operations_that_tracing_counts(name):
+    from placement.apply import Constraints, _Walker
+
+    step, args, _ = build_train_step(
+        ModelConfig(**SMALL), global_batch=4, seq_len=16, optimizer=name
+    )
+    graph = trace(step, *args)
+    closed = jax.make_jaxpr(step)(*args)
+    walker = _Walker(Constraints(results={}, operands={}), None)
+
+    def walked(*flat):
+        inputs = [walker.value(x, pin=False) for x in flat]
+        consts = [walker.value(c, pin=False) for c in closed.consts]
+        return [x for x, _ in walker.walk(closed.jaxpr, consts, inputs)]
+
+    jax.eval_shape(walked, *jax.tree.leaves(args))
+    assert (walker.n_ops, walker.n_tensors) == (len(graph.ops), len(graph.tensors))
+
+
 @pytest.mark.parametrize("scan", [True, False])
 def test_a_model_without_random_streams_has_the_structure_and_shapes_of_one_with(scan):
     config, options = ModelConfig(**SMALL, **MOE), RunOptions(scan=scan)

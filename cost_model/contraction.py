@@ -94,8 +94,8 @@ def _windows(
     step = np.minimum(STEP, x.k)
     room = _WINDOW_BYTES * rows * columns
     room = room + 2 * (rows * _spread(step * left) + columns * _spread(step * right))
-    fits = room <= limit
-    return tuple(np.where(fits, side, np.minimum(_SIDES[0], side)) for side in (rows, columns))
+    least = np.where(room <= limit, np.inf, _SIDES[0])
+    return np.minimum(rows, least), np.minimum(columns, least)
 
 
 def _spread(a: np.ndarray) -> np.ndarray:

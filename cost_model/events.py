@@ -25,6 +25,8 @@ from graphs.choices import Choices
 from graphs.groups import COPY, HEAVY, LEAF, Group, Grouping
 
 COMPUTE, COLLECTIVE, RESHARD = 0, 1, 2
+_FEW_AXES = 3
+"""Axes up to which specs are counted by their code rather than sorted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,9 +147,16 @@ def _specs_of(grouping: Grouping, g: int, tensor: int, menu: Choices) -> np.ndar
 
 
 def _unique(specs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    code = ((specs.astype(np.int64) + 1) * 9 ** np.arange(specs.shape[1])).sum(-1)
-    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
-    return specs[first], inverse.astype(np.int32)
+    code = (specs.astype(np.int64) + 1) @ 9 ** np.arange(specs.shape[1])
+    if specs.shape[1] > _FEW_AXES:
+        _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+        return specs[first], inverse.astype(np.int32)
+    at = np.full(9 ** specs.shape[1], -1)
+    at[code[::-1]] = np.arange(len(code))[::-1]  # the first of each
+    present = np.flatnonzero(at >= 0)
+    number = np.zeros(len(at), np.int32)
+    number[present] = np.arange(len(present))
+    return specs[at[present]], number[code]
 
 
 def reshards(grouping, node_of, choices, pricing, times, sliced):
@@ -157,30 +166,24 @@ def reshards(grouping, node_of, choices, pricing, times, sliced):
     """
     graph = grouping.graph
     priced: dict[tuple, Reshard] = {}
-    spec_cache: dict[tuple, tuple] = {}
+    distinct: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def unique(key, make):
-        if key not in spec_cache:
-            spec_cache[key] = _unique(make())
-        return spec_cache[key]
+    def unique(specs):
+        """Choices keep their specs, so that an array stands for its contents."""
+        if id(specs) not in distinct:
+            distinct[id(specs)] = _unique(specs)
+        return distinct[id(specs)]
 
     def price(source, tensor, j, dims):
         """From how group ``source`` holds a tensor to ``dims`` of node j."""
         i = int(node_of[source])
         t = graph.tensors[tensor]
-        p_key, q_key = dims_key(source, tensor), ("v", *dims)
-        p, rows = unique((i, *p_key), lambda: _specs_of(grouping, source, tensor, choices[i]))
-        q, columns = unique((j, *q_key), lambda: choices[j].specs(dims))
-        key = (i, p_key, j, q_key, t.shape, t.itemsize)
+        p, rows = unique(_specs_of(grouping, source, tensor, choices[i]))
+        q, columns = unique(choices[j].specs(dims))
+        key = (id(p), id(q), t.n_bytes)
         if key not in priced:
             priced[key] = reshard(p, q, t.n_bytes, pricing)
         return priced[key], rows, columns
-
-    def dims_key(g, tensor):
-        item = grouping.groups[g]
-        if item.kind == COPY:
-            return ("v", *item.views[0].dims)
-        return ("t", item.kind == HEAVY, *item.tensors[tensor])
 
     def finish(source, view, j):
         """What partial sums of ``source`` cost more where node j does not take slices of them."""
@@ -189,7 +192,7 @@ def reshards(grouping, node_of, choices, pricing, times, sliced):
         reduced = reduced_whole(grouping, source, choices[i], pricing)
         specs = _specs_of(grouping, source, view.tensor, choices[i])
         p, rows = _unique(np.concatenate([specs, reduced[:, None]], 1))
-        q, columns = unique((j, "v", *view.dims), lambda: choices[j].specs(view.dims))
+        q, columns = unique(choices[j].specs(view.dims))
         seconds, n_bytes = finish_s(p[:, :-1], p[:, -1], q, t.shape, t.n_bytes, pricing)
         return Event(
             kind=RESHARD, op=min(view.ops or (0,)), region=view.region, node=j, source=i,
@@ -215,7 +218,7 @@ def reshards(grouping, node_of, choices, pricing, times, sliced):
                 )  # fmt: skip
                 copy = None
                 if not weights:
-                    specs, _ = spec_cache[(j, "v", *view.dims)]
+                    specs, _ = unique(choices[j].specs(view.dims))
                     size = graph.tensors[view.tensor].n_bytes
                     copy = operand(event, size, pricing.shards(specs), max(ops) + 1)
                 yield event, i, times[view.region], copy

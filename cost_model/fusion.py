@@ -186,7 +186,7 @@ class _Walk:
     def chain(self, reader: int, operand: int) -> Chain:
         """What the contraction ``reader`` computes of its operand."""
         graph = self.graph
-        region, size = graph.ops[reader].region, math.prod(graph.tensors[operand].shape)
+        region, size = graph.ops[reader].region, graph.tensors[operand].n_elements
         instructions, itemsize = 0.0, 0
         seen, todo = set(), [operand]
         while todo:
@@ -195,7 +195,7 @@ class _Walk:
                 continue
             seen.add(t)
             tensor = graph.tensors[t]
-            if 2 * math.prod(tensor.shape) < size:
+            if 2 * tensor.n_elements < size:
                 continue  # a number a row or a column
             o = tensor.producer
             inner = o >= 0 and graph.ops[o].region == region and o in self.loops
@@ -221,10 +221,8 @@ class _Walk:
     def _passes_on(self, o: int, at_end: set[int]) -> bool:
         """Whether an op reads nothing of its size but a contraction's result that only it reads."""
         op = self.graph.ops[o]
-        size = math.prod(self.graph.tensors[op.outputs[0]].shape)
-        large = [
-            t for t in op.inputs if t >= 0 and 2 * math.prod(self.graph.tensors[t].shape) > size
-        ]
+        size = self.graph.tensors[op.outputs[0]].n_elements
+        large = [t for t in op.inputs if t >= 0 and 2 * self.graph.tensors[t].n_elements > size]
         return (
             bool(large)
             and all(
@@ -237,12 +235,12 @@ class _Walk:
 
     def _made_of_little(self, t: int) -> bool:
         """Whether a tensor is a view or a comparison of small ones, as masks are."""
-        size = math.prod(self.graph.tensors[t].shape)
+        size = self.graph.tensors[t].n_elements
         o = self.graph.tensors[t].producer
         if o < 0 or o not in self.loops:
             return o >= 0 and self.graph.ops[o].primitive == "iota"
         return all(
-            s < 0 or 2 * math.prod(self.graph.tensors[s].shape) <= size or self._made_of_little(s)
+            s < 0 or 2 * self.graph.tensors[s].n_elements <= size or self._made_of_little(s)
             for s in self.graph.ops[o].inputs
         )
 

@@ -10,7 +10,6 @@ for an op exist around that op.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Set
 
 import numpy as np
@@ -55,6 +54,7 @@ class _Ends:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
+        self.stop: dict[tuple[int, int], int] = {}  # (home of a value, region of its use)
         self.chain: dict[int, list[int]] = {}
         for r in range(len(graph.regions)):
             up, at = [], r
@@ -66,12 +66,12 @@ class _Ends:
     def after(self, t: int, i: int) -> int:
         """Position after the use of tensor t by op i."""
         home, region = self.graph.tensors[t].region, self.graph.ops[i].region
-        when = i + 1
-        if home != region:
-            for r in self.chain[region]:
-                if self.graph.regions[r].parent == home:
-                    when = max(when, self.graph.regions[r].stop)
-        return when
+        if home == region:
+            return i + 1
+        if (home, region) not in self.stop:
+            around = [self.graph.regions[r] for r in self.chain[region]]
+            self.stop[home, region] = max((r.stop for r in around if r.parent == home), default=0)
+        return max(i + 1, self.stop[home, region])
 
 
 _COSTLY = frozenset("tanh erf erfc logistic pow sin cos log1p".split())
@@ -175,7 +175,7 @@ def spread_in_readers(grouping: Grouping) -> set[int]:
 
 
 def _size(graph: Graph, t: int) -> int:
-    return math.prod(graph.tensors[t].shape)
+    return graph.tensors[t].n_elements
 
 
 def _by_rows(graph: Graph, op: Op) -> bool:
@@ -229,12 +229,13 @@ def usage_entries(
     kept_inputs = {graph.inputs[a] for a, _ in graph.aliases}
     found: dict[tuple[int, tuple[int, int], str], Usage] = {}
 
-    def add(group, t, specs, interval, label, times=1.0):
+    def add(group, t, dims, interval, label, times=1.0, result=False):
         start, stop = interval
         if stop <= start:
             return
         node = int(node_of[group])
-        n_bytes = times * graph.tensors[t].n_bytes / pricing.shards(specs)
+        shards = choices[node].shards(dims, pricing.axis_sizes, result=result)
+        n_bytes = times * graph.tensors[t].n_bytes / shards
         key = (node, interval, label)
         old = found.get(key)
         found[key] = Usage(
@@ -251,20 +252,20 @@ def usage_entries(
     until = read_until(grouping, held, across)
     all_readers = readers_of(grouping)
     for g, item in enumerate(grouping.groups):
-        menu = choices[node_of[g]]
         if item.kind == COPY:
             if grouping.groups[grouping.group_of[item.source]].kind == LEAF:
                 readers = all_readers[(item.source, item.views[0].region)]
-                add(g, item.source, menu.specs(item.views[0].dims),
+                add(g, item.source, item.views[0].dims,
                     (min(readers), max(readers) + 1), "weights")  # fmt: skip
             continue
         for t, dims in item.tensors.items():
             tensor = graph.tensors[t]
             if t not in held or tensor.n_bytes < 64:
                 continue
-            specs = menu.specs(dims, result=item.kind == HEAVY)
+            result = item.kind == HEAVY
             if t in inputs:
-                add(g, t, specs, (0, end), "state" if t in kept_inputs else "other")
+                label = "state" if t in kept_inputs else "other"
+                add(g, t, dims, (0, end), label, result=result)
                 continue
             if t in aliased or last[t] < 0:
                 continue
@@ -285,15 +286,15 @@ def usage_entries(
             stop = int(until[t])
             if op.primitive == "carry_in":
                 stop = max(stop, graph.regions[tensor.region].stop)
-            add(g, t, specs, (start, stop), label)
+            add(g, t, dims, (start, stop), label, result=result)
         if item.kind == LEAF:
-            _hoisted_casts(grouping, g, menu, add)
+            _hoisted_casts(grouping, g, add)
         if item.kind == HEAVY:
             for view in item.views:
                 source = grouping.source_group(g, view)
                 if grouping.groups[source].kind == LEAF and view.ops:
                     at = view.ops[0]
-                    add(g, view.tensor, menu.specs(view.dims), (at, at + 1), "weights")
+                    add(g, view.tensor, view.dims, (at, at + 1), "weights")
     return list(found.values())
 
 
@@ -311,7 +312,7 @@ def readers_of(grouping: Grouping) -> dict[tuple[int, int], list[int]]:
     return found
 
 
-def _hoisted_casts(grouping: Grouping, g: int, menu: Choices, add) -> None:
+def _hoisted_casts(grouping: Grouping, g: int, add) -> None:
     """A cast of a scanned weight is done for the whole stack before the loop."""
     graph = grouping.graph
     item = grouping.groups[g]
@@ -321,5 +322,4 @@ def _hoisted_casts(grouping: Grouping, g: int, menu: Choices, add) -> None:
         if op.primitive == "convert_element_type" and op.inputs[0] in sliced:
             region = graph.regions[op.region]
             t = op.outputs[0]
-            add(g, t, menu.specs(item.tensors[t]), (region.start, region.stop), "weights",
-                region.trips)  # fmt: skip
+            add(g, t, item.tensors[t], (region.start, region.stop), "weights", region.trips)

@@ -9,7 +9,6 @@ element-wise operations only pass on, is worked on inside the contraction's kern
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -72,8 +71,8 @@ class _Loops:
     def local(self, t: int, dims: tuple[int, ...]) -> np.ndarray:
         """[S] elements of a tensor on one device."""
         if dims not in self._shares:
-            self._shares[dims] = 1.0 / self.pricing.shards(self.choices.specs(dims))
-        return math.prod(self.graph.tensors[t].shape) * self._shares[dims]
+            self._shares[dims] = 1.0 / self.choices.shards(dims, self.pricing.axis_sizes)
+        return self.graph.tensors[t].n_elements * self._shares[dims]
 
     def own(self, t: int) -> np.ndarray:
         return self.local(t, self.item.tensors[t])

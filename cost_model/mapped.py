@@ -32,7 +32,7 @@ def map_events(
             continue
         free = [c for f, c in enumerate(item.factors) if f not in rule.pins and c != WHOLE]
         sizes = np.array(pricing.axis_sizes, np.float64)
-        shards = np.where(np.isin(choices.place, free), sizes, 1.0).prod(-1)
+        shards = np.where(choices.sharding(free), sizes, 1.0).prod(-1)
         work = map_work(op.params)
         compute = _compute_s(work, pricing) / shards
         exposed, n_bytes = _collectives(work, shards, compute, pricing)

@@ -20,6 +20,7 @@ from cost_model.fusion import CONTRACTIONS, Chain, Fusion
 from cost_model.loops import loop_seconds
 from cost_model.matmul import Product, matmul_time_s
 from cost_model.pricing import Pricing
+from cost_model.rows import distinct_rows
 from graphs.choices import Choices
 from graphs.groups import COPY, HEAVY, Group, Grouping
 from graphs.rules import WHOLE
@@ -92,7 +93,7 @@ def local_contraction(
     }
     local = {}
     for name, found in classes.items():
-        on = np.isin(choices.place, list(found))
+        on = choices.sharding(found)
         local[name] = full[name] / np.where(on, sizes, 1.0).prod(-1)
     return index, local, classes
 
@@ -110,7 +111,7 @@ def contraction_s(
     """
     kind = f"{dtype} {out_dtype} {operands}"
     shapes = np.stack([x["b"], x["m"], x["k"], x["n"]], axis=1)
-    rows, inverse = np.unique(shapes, axis=0, return_inverse=True)
+    rows, inverse = distinct_rows(shapes)
     known = pricing.contractions
     missing = [r for r in rows.tolist() if (kind, *r) not in known]
     if missing:
@@ -122,7 +123,7 @@ def contraction_s(
             seconds = contraction_time_s(pricing.device, product, *operands, dtype)
         for r, t in zip(missing, seconds):
             known[(kind, *r)] = float(t)
-    return np.array([known[(kind, *r)] for r in rows.tolist()])[inverse.ravel()]
+    return np.array([known[(kind, *r)] for r in rows.tolist()])[inverse]
 
 
 def contracts(grouping: Grouping, g: int) -> bool:
@@ -158,7 +159,7 @@ def _heavy(
         )
     if op.primitive in ("conv_general_dilated", "pallas_call"):
         classes = [c for c in item.factors if c != WHOLE]
-        shards = np.where(np.isin(choices.place, classes), sizes, 1.0).prod(-1)
+        shards = np.where(choices.sharding(classes), sizes, 1.0).prod(-1)
         if op.primitive == "pallas_call":
             seconds = _kernel_s(op.params, rule.flops, device) / shards
             return ComputeEvent(op=index, region=op.region, seconds=seconds, kind="matmul")
@@ -168,12 +169,12 @@ def _heavy(
         )
     moved = np.zeros(len(choices))
     for t, dims in item.tensors.items():
-        specs = choices.specs(dims, result=True)
-        moved += graph.tensors[t].n_bytes / pricing.shards(specs)
+        moved += graph.tensors[t].n_bytes / choices.shards(dims, pricing.axis_sizes, result=True)
     for view in item.views:
         if op.primitive == "gather" and graph.tensors[view.tensor].shape == shapes[0]:
             continue  # only the looked-up rows are read
-        moved += graph.tensors[view.tensor].n_bytes / pricing.shards(choices.specs(view.dims))
+        shards = choices.shards(view.dims, pricing.axis_sizes)
+        moved += graph.tensors[view.tensor].n_bytes / shards
     seconds = memory_bound_time_s(device, 2.0 * moved / _GATHER_EFFICIENCY)
     return ComputeEvent(op=index, region=op.region, seconds=seconds, kind="gather")
 

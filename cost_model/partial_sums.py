@@ -48,7 +48,7 @@ def only_read_once(grouping: Grouping) -> frozenset[int]:
 def reduced_whole(grouping: Grouping, g: int, choices: Choices, pricing: Pricing) -> np.ndarray:
     """[S] bit mask of the axes over which group g all-reduces; 0 where it scatters some."""
     classes = [r.cls for r in grouping.groups[g].reductions]
-    on = np.isin(choices.place, classes)
+    on = choices.sharding(classes)
     whole = ~(on & (choices.scatter >= 0)).any(axis=1)
     return np.where(whole, pricing.masks(on), 0)
 
@@ -100,7 +100,7 @@ def windowed_s(grouping: Grouping, g: int, choices: Choices, pricing: Pricing) -
     ways = np.where(_over_dimensions(choices), 1.0, ways)
     block = dict(local)
     for name in ("m", "n"):
-        on = np.isin(choices.scatter, list(classes[name])) & (choices.scatter >= 0)
+        on = choices.scattering(classes[name])
         block[name] = local[name] / np.where(on, sizes, 1.0).prod(-1)
 
     def seconds(x):
@@ -165,11 +165,11 @@ def combine_events(
     events = []
     for (o, result), classes in by_op.items():
         op = graph.ops[o]
-        on = np.isin(choices.place, classes)
+        on = choices.sharding(classes)
         if not on.any():
             continue
         tensor = graph.tensors[result]
-        final = pricing.shards(choices.specs(item.tensors[result], result=True))
+        final = choices.shards(item.tensors[result], pricing.axis_sizes, result=True)
         scattered = on & (choices.scatter >= 0) & ~_over_dimensions(choices)[:, None]
         sizes = np.array(pricing.axis_sizes, np.float64)
         scatter_ways = np.where(scattered, sizes, 1.0).prod(-1)

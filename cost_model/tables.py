@@ -106,8 +106,9 @@ def build_tables(
     gradients = gradient_groups(grouping)
     sliced = only_read_once(grouping) if pricing.device.family == "tpu" else frozenset()
     choices, node_costs, node_hidden, events = [], [], [], []
+    known: dict[tuple, Choices] = {}
     for n, g in enumerate(firsts):
-        menu = choices_of(grouping.groups[g], layout.mesh.axis_sizes)
+        menu = choices_of(grouping.groups[g], layout.mesh.axis_sizes, known=known)
         menu = _keep_pins(grouping, g, menu, layout)
         own = own_events(grouping, g, n, menu, pricing, fusion, g in gradients, g in sliced)
         cost, hidden = np.zeros(len(menu)), np.zeros(len(menu))
@@ -189,7 +190,7 @@ def _charge(event: Event, i: int, weight: float, nodes, edges) -> None:
     if i == j:
         nodes[i] = nodes[i] + weight * event.seconds[event.rows, event.columns]
         return
-    full = weight * event.seconds[np.ix_(event.rows, event.columns)]
+    full = weight * event.seconds[event.rows[:, None], event.columns]
     if i > j:
         i, j, full = j, i, full.T
     edges[(i, j)] = edges[(i, j)] + full if (i, j) in edges else np.ascontiguousarray(full)
@@ -221,7 +222,7 @@ def _keep_pins(grouping: Grouping, g: int, menu: Choices, layout: MeshLayout) ->
             f"the function constrains a dimension to mesh axes whose size does not divide it "
             f"(mesh {layout.mesh.shape}); choose sizes that divide or drop the constraint"
         )
-    return Choices(place=menu.place[keep], scatter=menu.scatter[keep])
+    return menu if keep.all() else Choices(place=menu.place[keep], scatter=menu.scatter[keep])
 
 
 def _problem(grouping, layout, node_of, choices, node_costs, edges, pricing, stored, limit):

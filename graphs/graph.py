@@ -15,6 +15,7 @@ meet in a ``merge``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -35,9 +36,13 @@ class Tensor:
     region: int
     """Region it lives in."""
 
-    @property
+    @functools.cached_property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @functools.cached_property
     def n_bytes(self) -> int:
-        return math.prod(self.shape) * self.itemsize
+        return self.n_elements * self.itemsize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -59,12 +59,12 @@ class Joiner:
         for t in graph.inputs:
             self.derived[t] = t
         for op, rule in zip(graph.ops, self.rules):
-            big = [t for t in op.inputs if t >= 0 and math.prod(graph.tensors[t].shape) > 1]
+            big = [t for t in op.inputs if t >= 0 and graph.tensors[t].n_elements > 1]
             roots = {self.derived[t] for t in big if t in self.derived}
             if not roots:
                 continue
             grows = any(
-                math.prod(graph.tensors[t].shape) > math.prod(graph.tensors[b].shape)
+                graph.tensors[t].n_elements > graph.tensors[b].n_elements
                 for t in op.outputs
                 for b in big
                 if b in self.derived
@@ -90,6 +90,8 @@ class Joiner:
                 if any(m in large for m in small):
                     return False
                 trial.append((ra, rb))
+        if not trial:
+            return True
         if len(trial) > 1:  # three-way merges: check that no two pairs bring one tensor twice
             roots: dict[int, set[int]] = {}
             for ra, rb in trial:
@@ -165,10 +167,10 @@ class Joiner:
             range(len(op.inputs)),
             key=lambda i: op.primitive == "carry_out" and i == 0,
         )
-        n_big = len({t for t in op.inputs if t >= 0 and math.prod(graph.tensors[t].shape) > 1})
+        n_big = len({t for t in op.inputs if t >= 0 and graph.tensors[t].n_elements > 1})
         for i in order:
             t = op.inputs[i]
-            if t < 0 or math.prod(graph.tensors[t].shape) <= 1 or t in done:
+            if t < 0 or graph.tensors[t].n_elements <= 1 or t in done:
                 continue
             item = t
             if not self._joins(t, op, rule, i, n_big) or not self._join(t, home, i, rule, anchor):
@@ -188,8 +190,8 @@ class Joiner:
             return (
                 False  # a sum over the batch (the gradient of a scale or bias) meets the optimizer
             )
-        n = math.prod(self.graph.tensors[t].shape)
-        if n < math.prod(self.graph.tensors[op.outputs[0]].shape) and op.primitive not in (
+        n = self.graph.tensors[t].n_elements
+        if n < self.graph.tensors[op.outputs[0]].n_elements and op.primitive not in (
             "scan_stack",
             "pad",
         ):
@@ -216,7 +218,7 @@ class Joiner:
             self.heavy.add(t)
         self.op_item[index] = home
         for i, t in enumerate(op.inputs):
-            if t < 0 or math.prod(self.graph.tensors[t].shape) <= 1:
+            if t < 0 or self.graph.tensors[t].n_elements <= 1:
                 continue
             item = self._view(t, index)
             self._tie(item, rule.operands[i], anchor, rule)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from graphs._jaxpr import called_jaxpr, live_eqns, open_jaxpr
+from graphs.collecting import without_collection
 from graphs.errors import MeshwrightError
 from graphs.graph import Graph, Op, Region, Tensor
 from graphs.rules import local_of
@@ -38,7 +37,7 @@ def trace(fn: Callable, *args: Any, donate_argnums: Sequence[int] = ()) -> Graph
                 "give positions that exist"
             )
     try:
-        with _without_collection():
+        with without_collection():
             closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*bare)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -51,21 +50,8 @@ def trace(fn: Callable, *args: Any, donate_argnums: Sequence[int] = ()) -> Graph
     input_names = tuple(jax.tree_util.keystr(path) for path, _ in flat_in)
     output_names = tuple(jax.tree_util.keystr(path) for path, _ in flat_out)
     donated = [path[0].idx in set(donate_argnums) for path, _ in flat_in]
-    with _without_collection():
+    with without_collection():
         return graph_of_jaxpr(closed, input_names, output_names, donated)
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Puts off the collection of cyclic garbage: tracing makes many objects, nearly all of which
-    stay. Part of what this saves is spent later, by the next collection."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def graph_of_jaxpr(closed, input_names=None, output_names=None, donated=None) -> Graph:
@@ -182,6 +168,8 @@ class _Builder:
             args = [read(v) for v in eqn.invars]
             called = called_jaxpr(eqn)
             name = eqn.primitive.name
+            if name == "select_n":  # as where it is called with literals, by jnp.where
+                args = self._materialise(eqn, args, eqn, region)
             if called is not None:
                 inner, inner_consts = called
                 if name in ("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call"):

@@ -170,6 +170,8 @@ class _Walker:
             elif name == "cond":
                 outs = self._cond(eqn, args)
             else:
+                if name == "select_n":
+                    args = self._materialise(args)
                 op = self.op()
                 operands = [self.operand(a, op) for a in args]
                 if name == "sharding_constraint":  # the plan holds the user's pin

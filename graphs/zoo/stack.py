@@ -39,7 +39,7 @@ class LayerStack(nnx.Module):
         self.options, self.repeats, self.rematerialise = options, repeats, rematerialise
         self.scan = options.scan and repeats > 1
         if self.scan:
-            stacked = nnx.vmap(create, in_axes=0, out_axes=0)
+            stacked = nnx.vmap(create, in_axes=0, out_axes=0, axis_size=repeats)
             self.layer = nnx.split_rngs(splits=repeats)(stacked)(rngs)
         else:
             for i in range(repeats):

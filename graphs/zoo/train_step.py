@@ -161,7 +161,7 @@ def active_parameter_count(config: ModelConfig) -> int:
 @functools.lru_cache(maxsize=64)
 def abstract_model(config: ModelConfig, options: RunOptions) -> tuple[Any, dict[str, Any]]:
     """(flax graph definition, nested dict of ShapeDtypeStruct): the model without its numbers."""
-    model = nnx.eval_shape(lambda: _model(config, options, nnx.Rngs(params=0)))
+    model = nnx.eval_shape(lambda: _model(config, options, nnx.Rngs()))
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 

@@ -27,6 +27,7 @@ import itertools
 import numpy as np
 
 from cost_model.device import Device
+from cost_model.rows import distinct_rows
 from placement.learned.program import Pieces, Program
 from placement.learned.wires import Axes, gather_s_per_byte
 
@@ -192,8 +193,8 @@ class _Split:
         ways = np.ones((*self.shape, len(pieces.amount)))
         for role, used in enumerate((batch, sequence, True)):
             if used:
-                pairs, index = np.unique(pieces.sizes[:, role], axis=0, return_inverse=True)
-                table = self.whole.share(pairs[:, 0], pairs[:, 1])[..., index.ravel()]
+                pairs, index = distinct_rows(pieces.sizes[:, role])
+                table = self.whole.share(pairs[:, 0], pairs[:, 1])[..., index]
                 ways = ways * table[:, self.masks[role]]
         return ways
 
@@ -203,8 +204,8 @@ class _Split:
         if not self.free:
             return np.ones((self.shape[0], 1, len(pieces.amount)))
         flat = np.sort(pieces.sizes.reshape(len(pieces.sizes), -1), axis=1)[:, :-3:-1]
-        pairs, index = np.unique(flat, axis=0, return_inverse=True)
-        return self.whole.share(pairs[:, 0], pairs[:, 1])[:, -1:, index.ravel()]
+        pairs, index = distinct_rows(flat)
+        return self.whole.share(pairs[:, 0], pairs[:, 1])[:, -1:, index]
 
     def weights(self, pieces: Pieces) -> np.ndarray:
         """[L, Q] total per device of what has no batch and no sequence to share."""

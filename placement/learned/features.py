@@ -96,8 +96,7 @@ def observe(grouping: Grouping, cluster: Cluster, *, program: Program | None = N
         for k, r in enumerate(regions)
     ]
     return Observation(
-        nodes=np.array([_node_row(program, n, facts[n], ideal, cluster) for n in range(len(facts))],
-                       np.float32),
+        nodes=_node_rows(program, facts, ideal, cluster),
         relations=_relations(program, number),
         classes=_class_rows(classes, totals, sizes, member, ideal, cluster),
         classes_of_nodes=_mean(member),
@@ -162,19 +161,34 @@ def _node_facts(program: Program, n: int, trips: np.ndarray, state: set[int]) ->
     )
 
 
-def _node_row(program: Program, n: int, f: dict[str, Any], ideal: float, cluster: Cluster) -> list:
-    item = program.grouping.groups[program.firsts[n]]
+def _node_rows(
+    program: Program, facts: list[dict[str, Any]], ideal: float, cluster: Cluster
+) -> np.ndarray:
     device, devices = cluster.device, cluster.n_devices
-    count = program.count[n]
     hbm = device.hbm_bandwidth_bytes_per_s * devices * ideal
+    amounts = {k: np.array([f[k] for f in facts]) for k in ("flops", "owned", "read", "largest")}
+    touched = np.array([f["touched"] for f in facts])
+    rows = np.array([_node_row(program, n, f) for n, f in enumerate(facts)], np.float32)
+    first = len(KINDS)
+    ratios = (
+        amounts["flops"] / max(program.flops, 1.0),
+        amounts["owned"] * program.count / hbm,
+        amounts["read"] * program.count / hbm,
+        amounts["largest"] / (device.hbm_available_bytes * devices),
+        amounts["flops"] / np.maximum(touched * program.count, 1.0),
+    )
+    for n, ratio in enumerate(ratios):
+        rows[:, first + n] = squash(ratio)
+    return rows
+
+
+def _node_row(program: Program, n: int, f: dict[str, Any]) -> list:
+    """One row; the ratios are filled in for all nodes at once."""
+    item = program.grouping.groups[program.firsts[n]]
     return [
         *(float(item.kind == k) for k in KINDS),
-        float(squash(f["flops"] / max(program.flops, 1.0))),
-        float(squash(f["owned"] * count / hbm)),
-        float(squash(f["read"] * count / hbm)),
-        float(squash(f["largest"] / (device.hbm_available_bytes * devices))),
-        float(squash(f["flops"] / max(f["touched"] * count, 1.0))),
-        math.log10(count) / 2,
+        *(0.0,) * 5,
+        math.log10(program.count[n]) / 2,
         math.log10(program.times[n]) / 3,
         len(item.sizes) / 6,
         float(f["state"]),

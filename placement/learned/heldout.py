@@ -29,6 +29,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from graphs.collecting import settle
 from graphs.errors import MeshwrightError
 from placement.compile_cache import write_atomically
 from placement.learned.anytime import Curve
@@ -110,7 +111,7 @@ def evaluate(
         )  # fmt: skip
         wants_bound = rank < bounds and not _path(folder, problem.name, "bound", 0).exists()
         if (todo or wants_bound) and not warm:
-            _warm_up(problem)
+            _warm_up()
             warm = True
         if todo or wants_bound:
             _run(folder, problem, todo, runners, max_axes, wants_bound, seconds)
@@ -195,6 +196,7 @@ def _missing(folder, problem, names, seeds, evaluations, deep_seeds, deep_evalua
 def _run(folder, problem, todo, runners, max_axes: int, wants_bound: bool, seconds: float) -> None:
     from placement.learned.instance import Instance
 
+    settle()  # what earlier problems left is no work of this one
     instance = Instance(problem, max_axes=max_axes)
     common = dict(
         problem=problem.name,
@@ -227,12 +229,15 @@ def _run(folder, problem, todo, runners, max_axes: int, wants_bound: bool, secon
         _write(_path(folder, problem.name, "bound", 0), row)
 
 
-def _warm_up(problem: PlanningProblem) -> None:
-    """Load and compile what the first run of a process would otherwise be charged for."""
+def _warm_up() -> None:
+    """Load and compile what the first run of a process would otherwise be charged for, by a problem
+    that none of the runs is on: what JAX keeps of a program would make tracing it again cheaper."""
     from placement.learned.baselines import annealing
     from placement.learned.instance import Instance
+    from placement.solver.preparation import prepare
 
-    instance = Instance(problem, max_axes=1)
+    prepare()
+    instance = Instance(load_split("train")[0], max_axes=1)
     annealing(instance, max_evaluations=4, time_limit_s=30.0, seed=0)
     instance.evaluate(instance.outers[0])
 

@@ -63,7 +63,7 @@ def _hurried(runs: Runs, learned: str, problems: list[str]) -> str:
 
 def measured_again(runs: Runs, learned: str) -> list[Target]:
     """Those targets that runs of a part of the suite can answer: whether the first proposal fits,
-    large jobs in one second, and large budgets."""
+    one second, and large budgets."""
     held_out = [p for p in runs.problems if runs.split_of[p] != "validation"]
     mine = [p for p in held_out if runs.curves(p, learned)]
     found = [_deep(runs, learned)]
@@ -71,7 +71,9 @@ def measured_again(runs: Runs, learned: str) -> list[Target]:
         hurried = _hurried(runs, learned, mine)
         found.append(_first_fits(runs, learned, mine))
         if set(ENGINES) & set(runs.optimizers):  # the best other by seconds
+            found += _in_seconds(runs, hurried, 1.0, mine)
             found += _large_in_one_second(runs, hurried, mine)
+        found.append(_gap(runs, hurried))
     return [t for t in found if t.met is not None]
 
 
@@ -182,25 +184,25 @@ def _deep(runs: Runs, learned: str) -> Target:
 
 
 def _seconds(runs: Runs, learned: str, hurried: str, problems: list[str]) -> Iterable[Target]:
-    others = [o for o in (*SCORING, *ENGINES, "rules") if o in runs.optimizers]
     for limit in SECONDS:
-        name = hurried if limit <= 1.0 else learned
-        mine = mean_ratio(runs, name, _by(limit), problems)
-        if mine is None:
-            continue
-        means = {o: m for o in others if (m := mean_ratio(runs, o, _by(limit), problems))}
-        if not means:
-            continue
-        best = min(means, key=lambda o: means[o].value)
-        reference = best_of(runs, [best], _by(limit))
-        found = mean_against(runs, name, _by(limit), reference, problems)
-        text = f"{limit:g} s of processor time: no worse than the best other ({best})"
-        if mine.found == means[best].found == 0.0:
-            yield Target(text=text, measured="no optimizer has a plan by then", met=None)
-            continue
-        shares = f"; has a plan in {mine.found:.0%} of runs, {best} in {means[best].found:.0%}"
-        yield _ratio_target(text, found, 1.0, shares)
+        yield from _in_seconds(runs, hurried if limit <= 1.0 else learned, limit, problems)
     yield from _large_in_one_second(runs, hurried, problems)
+
+
+def _in_seconds(runs: Runs, name: str, limit: float, problems: list[str]) -> Iterable[Target]:
+    others = [o for o in (*SCORING, *ENGINES, "rules") if o in runs.optimizers]
+    mine = mean_ratio(runs, name, _by(limit), problems)
+    means = {o: m for o in others if (m := mean_ratio(runs, o, _by(limit), problems))}
+    if mine is None or not means:
+        return
+    best = min(means, key=lambda o: means[o].value)
+    found = mean_against(runs, name, _by(limit), best_of(runs, [best], _by(limit)), problems)
+    text = f"{limit:g} s of processor time: no worse than the best other ({best})"
+    if mine.found == means[best].found == 0.0:
+        yield Target(text=text, measured="no optimizer has a plan by then", met=None)
+        return
+    shares = f"; has a plan in {mine.found:.0%} of runs, {best} in {means[best].found:.0%}"
+    yield _ratio_target(text, found, 1.0, shares)
 
 
 def _large_in_one_second(runs: Runs, hurried: str, problems: list[str]) -> Iterable[Target]:
@@ -249,15 +251,19 @@ def _unseen(runs: Runs, learned: str) -> Iterable[Target]:
 
 def _gap(runs: Runs, hurried: str) -> Target:
     text = "median gap to the lower bound at most 5 % at one second"
-    gaps = []
+    gaps, least = [], []
     for p, bound in runs.bounds.items():
-        times = [c.at_seconds(1.0) for c in runs.curves(p, hurried)]
+        curves = runs.curves(p, hurried)
+        times = [c.at_seconds(1.0) for c in curves]
         if times and bound > 0:
             gaps.append(1.0 - bound / float(np.mean(times)))
+            known = min(_last(c) for o in runs.optimizers for c in runs.curves(p, o))
+            least.append(1.0 - bound / known)
     if not gaps:
         return Target(text=text, measured="not measured", met=None)
     return Target(
         text=text,
-        measured=f"{np.median(gaps):.1%} over {len(gaps)} problems",
+        measured=f"{np.median(gaps):.1%} over {len(gaps)} problems; {np.median(least):.1%} for the "
+        "best plan that any run found in any time",
         met=bool(np.median(gaps) <= 0.05),
     )

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from graphs.collecting import without_collection
 from placement.learned.problems import PlanningProblem
 from placement.mesh_search import MEMORY_RESERVE
 from placement.whole import MICROBATCHES, REMAT
@@ -241,7 +242,8 @@ class Instance:
             store.touch(key)
             return store.items[key]
         before = time.process_time()
-        item = make()
+        with without_collection():
+            item = make()
         spent = time.process_time() - before
         if key in store.cost_s:  # made before and dropped: only the first making counts
             self._charged_s += (0.0 if key in self._paid else store.cost_s[key]) - spent
@@ -298,7 +300,10 @@ def trace_variant(
 
 def _slim(simulator: Simulator) -> Simulator:
     """Without the bytes of each event, which only reports read."""
-    events = tuple(dataclasses.replace(e, n_bytes=None) for e in simulator.tables.events)
+    events = tuple(
+        e if e.n_bytes is None else dataclasses.replace(e, n_bytes=None)
+        for e in simulator.tables.events
+    )
     return dataclasses.replace(
         simulator, tables=dataclasses.replace(simulator.tables, events=events)
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cost_model.rows import distinct_rows
 from graphs.fold import fold
 from graphs.groups import COPY, HEAVY, LEAF, Group, Grouping
 from graphs.names import BATCH, HIDDEN, PARALLEL, SEQUENCE, Names, name_classes
@@ -97,8 +98,10 @@ class _List:
     def pieces(self) -> Pieces:
         if not self.amount:
             return Pieces(amount=np.zeros(1), sizes=np.array([NOTHING], np.int64))
-        rows, inverse = np.unique(np.array(self.sizes, np.int64), axis=0, return_inverse=True)
-        amount = np.bincount(inverse.ravel(), np.array(self.amount), minlength=len(rows))
+        sizes = np.array(self.sizes, np.int64)
+        rows, index = distinct_rows(sizes.reshape(len(sizes), -1))
+        amount = np.bincount(index, np.array(self.amount), minlength=len(rows))
+        rows = rows.reshape(-1, *sizes.shape[1:])
         return Pieces(amount=amount, sizes=rows)
 
 

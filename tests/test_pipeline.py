@@ -1,24 +1,30 @@
 """Stages: schedules respect dependencies, no layer is lost, steps equal the unsharded step."""
 
 import dataclasses
+import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractMesh, PartitionSpec
 
 import placement
+from cost_model.cluster import parse_cluster
 from cost_model.jobs.memory import put_off_bytes
+from cost_model.layout import layout_for
 from graphs.errors import InfeasibleError, MeshwrightError
 from graphs.zoo import load_model_config
 from graphs.zoo.options import RunOptions
 from graphs.zoo.train_step import abstract_model
-from placement.compile import lower
+from placement.compile import compile_for_cluster, lower
 from placement.jobs.describe import describe_job, shape_of
 from placement.pipeline.chunk_backward import split_backward, whole_backward
 from placement.pipeline.compile import compile_stage, stage_layout
 from placement.pipeline.plan import pipelined_plan
+from placement.pipeline.reduction import reduce_gradients, reduced_specs
 from placement.pipeline.schedule import Schedule
 from placement.pipeline.stage_program import stage_program
 from placement.pipeline.stages import Layout, pipelined_segment, stage_functions
@@ -297,3 +303,41 @@ def test_a_stage_compiles_for_its_sub_topology(schedule):
     assert found.fits and 0 < found.held_bytes < found.peak_bytes < found.capacity_bytes
     assert found.tick_time_s >= found.compute_time_s > 0
     assert sum(found.collectives.values()) > 0
+
+
+def test_gradients_that_are_scattered_along_an_inner_dimension_compile():
+    """One reduction of this stack ends XLA:TPU with "No feasible span count"."""
+    pytest.importorskip("libtpu")
+    layout = layout_for(parse_cluster("v5p:2x2x1"), {"data": 4})
+    mesh, width = AbstractMesh((4,), ("data",)), (8, 14336, 4096)
+    shapes = {"layers": {"mlp": {"down": jax.ShapeDtypeStruct(width, jnp.float32)}}}
+    state = {"segment": "layers", "zero_stage": 1}
+    specs = reduced_specs(shapes, mesh.shape, ("data",), **state)
+    assert specs["layers"]["mlp"]["down"] == PartitionSpec(None, "data", None)
+
+    def reduced(sums):
+        def one(sums):
+            own = jax.tree.map(lambda g: g[0], sums)
+            return reduce_gradients(own, shapes, mesh.shape, ("data",), **state)
+
+        return jax.shard_map(
+            one, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=specs, check_vma=False
+        )(sums)
+
+    given = jax.tree.map(lambda s: jax.ShapeDtypeStruct((4, *s.shape), s.dtype), shapes)
+    found = compile_for_cluster(
+        reduced,
+        (given,),
+        in_specs=(jax.tree.map(lambda _: PartitionSpec("data"), shapes),),
+        out_specs=specs,
+        layout=layout,
+    )
+    assert found.status == "ok", found.message
+    assert found.temp_bytes < 4 * math.prod(width), "no device holds the whole sum"
+
+
+def test_a_mesh_without_stages_is_refused():
+    with pytest.raises(MeshwrightError, match="has no axis 'stage'"):
+        pipelined_plan(
+            TINY, cluster="v5e:2x2", mesh_shape={"model": 4}, global_batch=8, microbatches=2
+        )

@@ -41,6 +41,9 @@ EXECUTED = {
             {},
         ),
     ],
+    "one stage": [
+        ("tensor alone", {"stage": 1, "model": 8}, {"microbatches": 2}, {}),
+    ],
     "zero bubble": [
         (name, mesh, {"microbatches": m, "schedule": "zero_bubble_h1"}, {})
         for name, mesh, m in (
@@ -82,7 +85,8 @@ def test_pipelined_steps_equal_the_unsharded_step(group):
     assert set(found) == {name for name, *_ in EXECUTED[group]}
     for name, differences in found.items():
         assert len(set(differences["losses"])) == 3, "the steps changed the parameters"
-        assert differences["collectives"]["collective-permute"] >= 2, "forward and backward"
+        permutes = differences["collectives"].get("collective-permute", 0)
+        assert permutes >= 2 or group == "one stage", "forward and backward"
         assert differences["loss_difference"] < 1e-5, name
         allowed = max(1e-4, 10 * differences["rounding_difference"])
         assert differences["parameter_difference"] < allowed, (name, differences)

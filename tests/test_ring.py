@@ -3,24 +3,29 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from host_devices import run_on_eight_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractMesh, PartitionSpec
 from test_kernels import needs_tpu_compiler
 
 import placement
+from cost_model.cluster import parse_cluster
 from cost_model.jobs import constants as constants_module
 from cost_model.jobs.columns import GATHERED, RING
 from cost_model.jobs.runs import jobs_of
 from cost_model.jobs.step import step_time
+from cost_model.layout import layout_for
 from graphs.errors import MeshwrightError
 from graphs.rules.mapped import map_work
 from graphs.trace import trace
 from graphs.zoo import build_train_step, load_model_config
 from graphs.zoo.options import RunOptions
-from graphs.zoo.ring import sequence_order
+from graphs.zoo.ring import Ring, ring_attention, sequence_order
+from placement.compile import compile_for_cluster
 from placement.jobs.cases import read_cases
 from placement.jobs.space import groups
 from placement.pipeline.choose import choose, staged_plan
@@ -214,3 +219,28 @@ def test_a_compiled_ring_gathers_no_keys():
     # forward, forward again, backward: three hops each, and float32 gradients
     assert found.collectives["collective-permute"] > 9 * keys / 4
     assert found.collectives["all-gather"] < keys / 4, "not even one device's share of them"
+
+
+@needs_tpu_compiler
+def test_a_ring_s_backward_pass_holds_one_block_s_sums_beside_those_that_travel():
+    layout = layout_for(parse_cluster("v5e:2x2"), {"context": 4})
+    mesh = AbstractMesh((4,), ("context",))
+    ring = Ring(
+        mesh=mesh, zigzag=True, query_block=512, causal=True, window=None, scale=0.1,
+        softcap=None, slopes=None,
+    )  # fmt: skip
+
+    def gradients(q, k, v, d_out):
+        return jax.vjp(lambda *qkv: ring_attention(ring, *qkv)[0], q, k, v)[1](d_out)
+
+    queries, keys = (
+        jax.ShapeDtypeStruct((1, 32768, *heads, 128), jnp.bfloat16) for heads in ((2, 2), (2,))
+    )
+    along = PartitionSpec(None, "context")
+    found = compile_for_cluster(
+        gradients, (queries, keys, keys, queries), in_specs=(along,) * 4, out_specs=(along,) * 3,
+        layout=layout,
+    )  # fmt: skip
+    assert found.status == "ok", found.message
+    print(f"temporaries of a device: {found.temp_bytes / 1e6:.1f} MB")
+    assert found.temp_bytes < 100e6

@@ -3,9 +3,10 @@
 states      weights, gradients and optimizer state of the stage (first: with the embedding; last:
             with the head), each divided by what shards it (ZeRO, arXiv:1910.02054)
 activations what each part of a layer keeps for the backward pass, from its recomputed share,
-            times the microbatches in flight: pp on the first stage, 1 on the last, and
-            (pp - 1)/vpp more with interleaving (arXiv:2205.05198, section 4.2 and appendix); all
-            m with GPipe (arXiv:1811.06965), pp with zero bubble H1 and 2 pp - 1 with H2
+            times the microbatches in flight (`_in_flight`): with 1F1B pp on the first stage and one
+            fewer on each later; with interleaving (arXiv:2205.05198, section 4.2 and appendix)
+            chunks of layers of them, most of them first chunks; all m with GPipe
+            (arXiv:1811.06965), pp with zero bubble H1 and 2 pp - 1 with H2
             (arXiv:2401.10241, table 1); in lock step what entered each layer, until the chunk's
             backward pass a tick after the next stage's, and with zero bubble the inputs and output
             gradients of pp - 1 microbatches' matmuls (`placement.pipeline.chunk_backward`)
@@ -112,6 +113,50 @@ def _keys_held(jobs: Jobs) -> np.ndarray:
     return np.select([ring, gathered], [whole / jobs.cp * (2 + 3 * 2), 2 * whole], 0.0)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _InFlight:
+    """[J] microbatches that a chunk of one stage keeps activations of."""
+
+    chunks: np.ndarray
+    first: np.ndarray
+    inner: np.ndarray
+    """each of the chunks between the first and the last."""
+    last: np.ndarray
+    mean: np.ndarray
+
+    def layers(self, middle: np.ndarray, lacking: np.ndarray, chunk: np.ndarray) -> np.ndarray:
+        """[J] layers times microbatches of a stage that has `lacking` layers fewer than the `middle`
+        ones, in a chunk of so many microbatches and, beyond what that holds, in the inner ones."""
+        own = np.minimum(lacking, middle / self.chunks)
+        return middle * self.mean - own * chunk - (lacking - own) * self.inner
+
+
+def _in_flight(jobs: Jobs, rank: float | np.ndarray) -> _InFlight:
+    """Of the stage `rank` (from 0): one more than the forward passes before its first backward pass.
+
+    Interleaved 1F1B makes 2 (pp - rank - 1) + (vpp - 1) pp of them, each of one chunk, pp microbatches
+    of a chunk in turn (github:NVIDIA/Megatron-LM, megatron/core/pipeline_parallel/schedules.py).
+    """
+    m, pp, chunks = counts.microbatches(jobs), jobs.pp, jobs.vpp
+    gpipe, longer = jobs.schedule == GPIPE, jobs.schedule == ZERO_BUBBLE_H2
+    after = pp - rank - 1
+    plain = np.where(longer, 2 * after + 1, after + 1)
+    plain = np.where(gpipe, m, plain)
+    interleaved = (chunks > 1) & ~gpipe
+    beyond = 2 * after + 1  # (vpp - 1) pp: of the last chunk, and then of the first one again
+
+    def of(passes: np.ndarray) -> np.ndarray:
+        return np.minimum(np.where(interleaved, passes, plain), m)
+
+    return _InFlight(
+        chunks=chunks,
+        first=of(np.maximum(beyond, pp)),
+        inner=of(pp),
+        last=of(np.minimum(beyond, pp)),
+        mean=of((beyond + (chunks - 1) * pp) / chunks),
+    )
+
+
 def memory(jobs: Jobs, constants: Constants) -> Memory:
     """Predict the peak of J jobs."""
     params = counts.parameters(jobs)
@@ -143,10 +188,7 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     kept, full = kept_bytes(jobs)
     kept = kept * (1 - jobs.offload)
     m = counts.microbatches(jobs)
-    gpipe, longer = jobs.schedule == GPIPE, jobs.schedule == ZERO_BUBBLE_H2
-    flight = np.minimum(jobs.pp, m) * (1 + (jobs.pp - 1) / (jobs.pp * jobs.vpp) * (jobs.vpp > 1))
-    flight = np.where(gpipe, m, np.where(longer, np.minimum(2 * jobs.pp - 1, m), flight))
-    behind = np.where(gpipe, 0.0, np.where(longer, 2.0, 1.0))  # fewer on each later stage
+    on_first, on_second, on_last = (_in_flight(jobs, rank) for rank in (0.0, 1.0, jobs.pp - 1))
     redone = full - kept / np.maximum(1 - jobs.offload, 1e-6)
     # PyTorch prefetches a whole layer beside the one in use; XLA gathers weight by weight
     ahead = np.where(jobs.caching_allocator > 0, 2.0, 1.0)
@@ -159,8 +201,9 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     logit_bytes = np.where(jobs.fused_loss > 0, np.minimum(_FUSED_LOSS, logit_bytes), logit_bytes)
     logits = layer.tokens(jobs) * jobs.vocab / jobs.tp * logit_bytes
     alone = jobs.pp <= 1
-    act_first, act_last = kept * first * flight, kept * np.where(alone, middle, last)
-    act_last = act_last * np.where(gpipe & ~alone, m, 1.0)
+    # the layers that the first stage lacks are its first chunk's, which most microbatches are in
+    act_first = kept * on_first.layers(middle, middle - first, on_first.first)
+    act_last = kept * on_last.layers(middle, middle - last, on_last.last)
     lockstep = (jobs.lockstep > 0) & ~alone
     inputs = np.where(jobs.vpp > 1, 3 * jobs.pp * jobs.vpp, 2 * jobs.pp - 1)
     beside = 1.0 + (jobs.encoder_share > 0)  # the encoder's output
@@ -188,12 +231,12 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     first_total = np.maximum(first_total, states(first, tables) + act_first + updates)
     last_total = states(last, np.where(everywhere, tables, head)) + act_last
     last_total = last_total + np.maximum(logits, working)
-    fullest_first = first_total >= last_total
-    peak = np.maximum(first_total, last_total)
-    # where the first stage is stated to hold fewer layers, the second may be the fullest
-    second = states(middle, np.zeros_like(table)) + kept * middle * np.maximum(flight - behind, 1.0)
-    second = np.where((jobs.first_layers >= 0) & (jobs.pp > 2), second + working, 0.0)
-    peak = np.maximum(peak, second)
+    # where the first stage holds fewer layers, the second may be the fullest
+    act_second = kept * middle * on_second.mean
+    second_total = states(middle, np.zeros_like(table)) + act_second + working
+    second_total = np.where((jobs.pp > 2) & ~lockstep, second_total, 0.0)
+    totals = np.stack([first_total, last_total, second_total])
+    peak, fullest = totals.max(axis=0), totals.argmax(axis=0)
     slack = constants.of("allocator_share", family)
     slack = np.where(jobs.expandable_segments > 0, np.minimum(slack, _EXPANDABLE), slack)
     context = constants.of("context_bytes", family)
@@ -202,8 +245,11 @@ def memory(jobs: Jobs, constants: Constants) -> Memory:
     flushed = np.where(jobs.caching_allocator > 0, np.maximum(peak + context, capacity), np.inf)
     return Memory(
         peak_bytes=np.minimum(peak * slack + context, flushed),
-        states_bytes=np.where(fullest_first, states(first, tables), states(last, head)),
-        activations_bytes=np.where(fullest_first, act_first, act_last),
+        states_bytes=np.choose(
+            fullest,
+            [states(first, tables), states(last, head), states(middle, np.zeros_like(table))],
+        ),
+        activations_bytes=np.choose(fullest, [act_first, act_last, act_second]),
         working_bytes=working,
         capacity_bytes=capacity,
     )

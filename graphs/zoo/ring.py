@@ -196,22 +196,22 @@ def ring_backward(ring: Ring, queries, keys, q, k, v, out, lse, d_out, d_lse):
     delta = delta - blocks.of_rows(d_lse)
     fixed = (blocks.queries, q, d_out, blocks.of_rows(lse), delta)
 
-    def attend(d_q, held, sums):
-        def one(sums, xs):
-            d_q, *query = xs
-
-            def meet(d_q, xs):
-                block, sums = xs
-                state = _meet(
-                    _gradients, ring, query[0], tuple(query[1:]), *block, state=(d_q, *sums)
+    def attend(d_q, held):
+        # one block of keys meets all queries before the next: only its sums begin at nothing, and a
+        # meeting reads and writes a block of d_q, which is shorter than one of keys
+        def one(d_q, block):
+            def meet(sums, xs):
+                d_q, query, *given = xs
+                d_q, *sums = _meet(
+                    _gradients, ring, query, tuple(given), *block, state=(d_q, *sums)
                 )
-                return state[0], state[1:]
+                return tuple(sums), d_q
 
-            d_q, sums = jax.lax.scan(meet, d_q, (held, sums))
-            return sums, d_q
+            nothing = tuple(blocks.full(x.shape, 0.0) for x in block[1:])
+            sums, d_q = jax.lax.scan(meet, nothing, (d_q, *fixed))
+            return d_q, sums
 
-        sums, d_q = jax.lax.scan(one, sums, (d_q, *fixed))
-        return d_q, sums
+        return jax.lax.scan(one, d_q, held)
 
     held = (blocks.keys, blocks.of_keys(k), blocks.of_keys(v))
     nothing = tuple(blocks.full(x.shape, 0.0) for x in held[1:])
@@ -219,7 +219,7 @@ def ring_backward(ring: Ring, queries, keys, q, k, v, out, lse, d_out, d_lse):
     def follow(d_q, held, sums):
         # sums are of the block held before: they follow it beside the computation
         sums = _pass_on(ring, sums)
-        d_q, more = attend(d_q, held, nothing)
+        d_q, more = attend(d_q, held)
         return d_q, jax.tree.map(jnp.add, sums, more)
 
     def step(carry, _):

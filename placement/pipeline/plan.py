@@ -75,6 +75,11 @@ def pipelined_plan(
     from placement.pipeline.stages import pipelined_segment
     from placement.plan import LeafSpec, Plan
 
+    if "stage" not in mesh_shape:
+        raise MeshwrightError(
+            f"mesh {dict(mesh_shape)} has no axis 'stage'; add it, or use placement.optimize for "
+            "a plan without stages"
+        )
     if config.n_experts and mesh_shape.get("context", 1) > 1:
         raise MeshwrightError(
             "experts gather tokens of whole sequences, so that a pipelined model with experts cannot "

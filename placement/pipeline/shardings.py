@@ -47,11 +47,16 @@ def activation_spec(
     return spec if any(spec) else ()
 
 
+def names_of(path: tuple) -> list[str]:
+    """The names along a path of a pytree."""
+    return [str(getattr(e, "key", getattr(e, "name", getattr(e, "idx", "")))) for e in path]
+
+
 def weight_spec(
     path: tuple, shape: tuple[int, ...], mesh_shape: Mapping[str, int], segment: str
 ) -> Spec:
     """The spec of one parameter (or of a moment of its shape) by its path in the tree."""
-    names = [str(getattr(e, "key", getattr(e, "name", getattr(e, "idx", "")))) for e in path]
+    names = names_of(path)
     spec: list[tuple[str, ...]] = [() for _ in shape]
 
     def lay(dim: int, axis: str) -> None:

@@ -25,6 +25,7 @@ from graphs.zoo.options import RunOptions
 from graphs.zoo.train_step import abstract_batch, abstract_model, check_ring
 from graphs.zoo.update_rules import update_rule
 from placement.pipeline.chunk_backward import split_backward, whole_backward
+from placement.pipeline.reduction import reduce_gradients, reduced_specs
 from placement.pipeline.schedule import ZERO_BUBBLE, Schedule
 from placement.pipeline.shardings import (
     DATA,
@@ -182,11 +183,12 @@ class _Stage:
         rows, whole = PartitionSpec(DATA), PartitionSpec()
         stack = PartitionSpec(None, None, None, DATA)
         sums = None if self.sums_inside else rows
+        reduced = reduced_specs(self.params, self.mesh, (DATA,), **self._reduction())
         return jax.shard_map(
             self.tick,
             mesh=self.abstract_mesh,
             in_specs=(whole, sums, stack, rows, rows, rows, rows, whole),
-            out_specs=(whole, stack, rows, rows, whole, rows),
+            out_specs=(reduced, stack, rows, rows, whole, rows),
             axis_names={DATA},
             check_vma=False,
         )
@@ -228,8 +230,12 @@ class _Stage:
             rest[k] = rest[k] + d
         found = {k: summed if k == name else rest[k] for k in sums}
         if DATA in self.mesh:
-            found, loss = jax.lax.psum((found, loss), DATA)
+            found = reduce_gradients(found, params, self.mesh, (DATA,), **self._reduction())
+            loss = jax.lax.psum(loss, DATA)
         return found, kept, y, self._pin(dx), loss, d_hidden
+
+    def _reduction(self) -> dict[str, Any]:
+        return {"segment": self.segment.name, "zero_stage": self.zero_stage}
 
     def _backward(self, chunk, shared, entered, dy, at):
         """(gradients of a chunk's weights, of what layers share, of its input)."""

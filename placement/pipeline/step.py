@@ -30,6 +30,7 @@ from graphs.zoo.config import ModelConfig
 from graphs.zoo.options import RunOptions
 from graphs.zoo.train_step import abstract_batch, abstract_model, check_ring, in_order
 from graphs.zoo.update_rules import learning_rates, update_rule
+from placement.pipeline.reduction import reduce_gradients, reduced_specs, wide
 from placement.pipeline.schedule import Schedule
 from placement.pipeline.shardings import DATA, STAGE, update_shardings
 from placement.pipeline.stages import (
@@ -103,14 +104,18 @@ def build_pipelined_step(
         state_dtype=optimizer_state_dtype,
     )
     mesh = AbstractMesh(tuple(mesh_shape.values()), tuple(mesh_shape))
+    _, params = abstract_model(config, run)
+    params = map_layers(layout.arrange, params, parts.segment)
     gradients = _pipelined(
         parts,
         plan,
         layout,
         mesh,
+        params,
         shape=(global_batch // microbatches // replicas, seq_len, parts.width),
         dtype=jnp.dtype(run.compute_dtype),
         spec=PartitionSpec(*activation_spec),
+        zero_stage=zero_stage,
     )
 
     def train_step(params, opt_state, batch):
@@ -121,8 +126,6 @@ def build_pipelined_step(
         updates, opt_state = rule.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, {"loss": loss}
 
-    _, params = abstract_model(config, run)
-    params = map_layers(layout.arrange, params, parts.segment)
     opt_state = jax.eval_shape(rule.init, params)
     return train_step, (params, opt_state, abstract_batch(config, global_batch, seq_len)), (0, 1)
 
@@ -132,16 +135,20 @@ def _pipelined(
     plan: Schedule,
     layout: Layout,
     mesh: AbstractMesh,
+    shapes: Any,
     *,
     shape: tuple[int, int, int],
     dtype: Any,
     spec: PartitionSpec,
+    zero_stage: int,
 ) -> Callable[[Any, Any], tuple[jax.Array, Any]]:
     """(params, batch) -> (mean loss, mean gradients)."""
     _, s, _ = shape
     spread = plan.stages if s % plan.stages == 0 else 1
     manual = tuple(axis for axis in (STAGE, DATA) if axis in mesh.axis_names)
     data = tuple(axis for axis in manual if axis == DATA)
+    where = {"segment": parts.segment, "zero_stage": zero_stage}
+    reduced = reduced_specs(shapes, mesh.shape, manual, **where)
     n_means = plan.microbatches * mesh.shape.get(DATA, 1)
 
     def body(stage_id, mask, weights, outer, tokens, targets):
@@ -163,21 +170,21 @@ def _pipelined(
         for phase in plan.phases():
             tick = functools.partial(worker.tick, phase)
             state, _ = jax.lax.scan(tick, state, jnp.arange(phase.start, phase.stop))
-        loss = jax.lax.psum(state["loss"], manual) / n_means
-        outer_grads = jax.tree.map(lambda g: jax.lax.psum(g, manual) / n_means, state["outer"])
-
-        def mean(g):
-            g = jax.lax.psum(g, data) if data else g
-            return g.reshape(layout.chunks * layout.slots, *g.shape[2:]) / n_means
-
-        return loss, jax.tree.map(mean, state["weights"]), outer_grads
+        loss = jax.lax.psum(state["loss"], wide(mesh.shape, manual)) / n_means
+        stacked = jax.tree.map(
+            lambda g: g.reshape(layout.chunks * layout.slots, *g.shape[2:]), state["weights"]
+        )
+        # in the order of params, so that the trees are equal
+        sums = {k: stacked if k == parts.segment else state["outer"][k] for k in shapes}
+        sums = reduce_gradients(sums, shapes, mesh.shape, manual, shared=(STAGE,), **where)
+        return loss, jax.tree.map(lambda g: g / n_means, sums)
 
     on_stage, tokens = PartitionSpec(STAGE), PartitionSpec(None, data or None)
     mapped = jax.shard_map(
         body,
         mesh=mesh,
         in_specs=(on_stage, on_stage, on_stage, PartitionSpec(), tokens, tokens),
-        out_specs=(PartitionSpec(), on_stage, PartitionSpec()),
+        out_specs=(PartitionSpec(), reduced),
         axis_names=set(manual),
         check_vma=False,
     )
@@ -190,7 +197,7 @@ def _pipelined(
             # neighbours go to different microbatches, so that a sharded batch stays where it is
             return jnp.moveaxis(x.reshape(-1, plan.microbatches, s), 1, 0)
 
-        loss, grads, outer_grads = mapped(
+        return mapped(
             jnp.arange(plan.stages),
             jnp.asarray(mask),
             params[parts.segment],
@@ -198,7 +205,5 @@ def _pipelined(
             {k: split(v) for k, v in batch.items() if k != "targets"},
             split(batch["targets"]),
         )
-        # in the order of params, so that the trees are equal
-        return loss, {k: grads if k == parts.segment else outer_grads[k] for k in params}
 
     return gradients

@@ -239,10 +239,14 @@ class StageWorker:
     def send(self, x: jax.Array, step: int) -> jax.Array:
         """To the next stage (+1) or the one before (-1), around."""
         p = self.plan.stages
+        if p == 1:
+            return self.pin(x)
         return self.pin(jax.lax.ppermute(x, STAGE, [(i, (i + step) % p) for i in range(p)]))
 
     def share(self, y: jax.Array) -> jax.Array:
         """The last stage's y [B, S, D] -> [B, S / stages, D]: every stage its positions."""
+        if self.plan.stages == 1:
+            return y
         if self.spread == 1:
             found = jnp.where(self.last, y, jnp.zeros((), y.dtype))
             return jax.lax.psum(found.astype(jnp.float32), STAGE).astype(y.dtype)

@@ -22,8 +22,8 @@ from cost_model.compute import (
 )
 from cost_model.device import device_names, load_device
 from cost_model.fitted import load_calibration, parse_calibration
+from cost_model.loops import fused_bytes_s
 from cost_model.matmul import matmul_time_s
-from cost_model.operators import fused_bytes_s
 from graphs.errors import MeshwrightError
 
 FOLDER = importlib.resources.files("cost_model") / "calibration"
@@ -175,7 +175,7 @@ def test_cases_are_reproducible_and_every_kind_traces():
             seen.add((item.kind, item.variant))
             program, arguments = build(item)
             jax.eval_shape(program, *arguments)
-    assert len({kind for kind, _ in seen}) == 9
+    assert len({kind for kind, _ in seen}) == 10
 
 
 def profile(tmp_path, *more):

@@ -27,10 +27,10 @@ _BOUNDS: dict[str, tuple[float, float, float]] = {
     "vector_cycles": (0.3, 0.001, 20),
     "drain": (5, 0.01, 50),
     "per_step": (100, 1, 5000),
-    "sharpness": (4, 1.5, 12),
+    "sharpness": (3, 1.0, 12),
 }
 """Start, least and greatest value of each constant in the fit."""
-_WINDOW_BYTES = [2.0**20 * x for x in (6, 8, 12, 16, 24, 32, 48, 64)]
+_WINDOW_BYTES = [2.0**20 * x for x in (8, 12, 16, 24, 32, 48, 64, 96)]
 """Room on chip that is tried; the fit takes the one with the least error."""
 
 

@@ -39,7 +39,7 @@ class _Loops:
         self.graph, self.item, self.choices, self.pricing = grouping.graph, item, choices, pricing
         constants = load_calibration(pricing.device.calibration).constants
         self.program = constants["program"]
-        self.fused = "contraction" in constants
+        self.fused = pricing.fuses
         """Whether contractions compute their operands, as XLA:TPU has it."""
         self.fusion = fusion
         self.moved: _Sums = {}

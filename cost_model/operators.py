@@ -147,7 +147,7 @@ def _heavy(
         dtype = graph.tensors[op.inputs[0]].dtype
         constants = load_calibration(device.calibration).constants
         out = "float32" if op.outputs[0] in fusion.wide else None
-        operands = fusion.chains[index] if "contraction" in constants else None
+        operands = fusion.chains[index] if pricing.fuses else None
         seconds = contraction_s(pricing, x, dtype, out, operands)
         if operands is None:
             seconds = constants["program"]["matmul"] * seconds

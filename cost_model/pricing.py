@@ -67,6 +67,11 @@ class Pricing:
     def device(self) -> Device:
         return self.layout.cluster.device
 
+    @functools.cached_property
+    def fuses(self) -> bool:
+        """Whether contractions are priced as kernels that compute their operands."""
+        return "contraction" in load_calibration(self.device.calibration).constants
+
     def collective_s(self, kind: int, mask: np.ndarray, payload_bytes: np.ndarray) -> np.ndarray:
         """Seconds; zero where the set of axes is empty."""
         time = self.latency_s[kind][mask] + self.seconds_per_byte[kind][mask] * payload_bytes

@@ -14,11 +14,13 @@ synchronously; XLA:GPU overlaps all of them (``xla_gpu_enable_latency_hiding_sch
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numba
 import numpy as np
 
 from cost_model.events import COMPUTE, RESHARD
+from cost_model.fitted import load_calibration
 from cost_model.operands import add_operands
 from cost_model.pricing import KINDS
 from cost_model.tables import Tables
@@ -121,16 +123,39 @@ class Simulator:
         return float(self.memory_profile(assignment).max(initial=0.0))
 
     def memory_profile(self, assignment: np.ndarray) -> np.ndarray:
-        """[ops + 2] live bytes at each position."""
+        """[ops + 2] live bytes of device memory at each position."""
         p = self.tables.problem
         n = len(self.tables.grouping.graph.ops) + 2
-        profile = np.zeros(n + 1)
+        profile, passing = np.zeros(n + 1), np.zeros(n + 1)
         if len(p.usage_nodes):
             values = p.usages[p.usage_offsets[:-1] + assignment[p.usage_nodes]]
+            ends = np.minimum(p.usage_intervals[:, 1], n)
             np.add.at(profile, p.usage_intervals[:, 0], values)
-            np.add.at(profile, np.minimum(p.usage_intervals[:, 1], n), -values)
+            np.add.at(profile, ends, -values)
+            near = self.passing & (values <= self.on_chip_bytes)
+            np.add.at(passing, p.usage_intervals[near, 0], values[near])
+            np.add.at(passing, ends[near], -values[near])
         add_operands(profile, self.tables.operands, assignment)
-        return np.cumsum(profile)[:-1]
+        on_chip = np.minimum(np.cumsum(passing), self.on_chip_bytes)
+        return (np.cumsum(profile) - on_chip)[:-1]
+
+    @functools.cached_property
+    def on_chip_bytes(self) -> float:
+        """What stays on chip between kernels, as contractions find their operands there."""
+        pricing = self.tables.pricing
+        constants = load_calibration(pricing.device.calibration).constants
+        return constants["matmul"]["resident_bytes"] if pricing.fuses else 0.0
+
+    @functools.cached_property
+    def passing(self) -> np.ndarray:
+        """[usage entries] whether one holds activations or weights for a while inside one region."""
+        p, regions = self.tables.problem, self.tables.grouping.graph.regions
+        start, stop = p.usage_intervals[:, 0], p.usage_intervals[:, 1]
+        found = np.isin(np.array(self.tables.usage_labels), ("activations", "weights"))
+        for r in regions:
+            if r.parent >= 0:  # lives through a loop, or is handed from one to another
+                found &= ~((start <= r.start) & (stop >= r.stop))
+        return found
 
 
 def _modes(event, gpu: bool) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Tables, simulation and memory: oracles and invariants."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -164,9 +165,23 @@ def test_a_gathered_operand_is_in_memory_while_it_is_read():
             gathered += copy > 0
             assert (profile[slice(*o.interval)] >= copy).all()
         exact = profile.max()
-        assert t.problem.peak_usage(x) <= exact * (1 + 1e-9)
+        assert t.problem.peak_usage(x) <= (exact + simulator.on_chip_bytes) * (1 + 1e-9)
         assert exact <= counted.peak_usage(x) * (1 + 1e-9)
     assert gathered
+
+
+def test_what_stays_on_chip_takes_no_device_memory_and_state_never_does():
+    step, args = mlp_step(2, False, scale=64)
+    t = tables(step, args)
+    simulator = Simulator.of(t)
+    x = np.zeros(len(t.choices), np.int64)
+    without = dataclasses.replace(simulator)
+    object.__setattr__(without, "on_chip_bytes", 0.0)
+    whole, left = without.memory_profile(x), simulator.memory_profile(x)
+    assert (left <= whole).all() and (left < whole).any()
+    assert (whole - left).max() <= simulator.on_chip_bytes
+    labels = np.array(t.usage_labels)
+    assert not simulator.passing[np.isin(labels, ("state", "gradients"))].any()
 
 
 def test_logits_stay_until_the_gradient_of_the_loss_is_made_from_them():

@@ -121,13 +121,27 @@ class _Walk:
         self.grouping, self.graph = grouping, grouping.graph
         self.readers: dict[int, list[int]] = {}
         for o, op in enumerate(self.graph.ops):
-            for t in op.inputs:
+            for t in set(op.inputs):
                 self.readers.setdefault(t, []).append(o)
         self.visited: set[int] = set()
         """Ops found inside a chain."""
         light = {o for g in grouping.groups if g.kind == LIGHT for o in g.ops}
         self.loops = {o for o in light if self.elementwise(o) and not grouping.rules[o].pins}
         self.last: dict[int, bool] = {}
+        self.little: set[int] = set()
+        """Tensors that are counters, views of small ones, or computed from such, as masks are."""
+        for o, op in enumerate(self.graph.ops):  # in order, so that no search goes deep
+            if o in self.loops:
+                self.ends_contraction(o)
+            if op.primitive == "iota" or (o in self.loops and self._of_little(o)):
+                self.little.add(op.outputs[0])
+
+    def _of_little(self, o: int) -> bool:
+        op, tensors = self.graph.ops[o], self.graph.tensors
+        size = tensors[op.outputs[0]].n_elements
+        return all(
+            t < 0 or t in self.little or 2 * tensors[t].n_elements <= size for t in op.inputs
+        )
 
     def elementwise(self, o: int) -> bool:
         op = self.graph.ops[o]
@@ -227,21 +241,10 @@ class _Walk:
             bool(large)
             and all(
                 (t in at_end and len(self.readers[t]) == 1 and self._same_region(t, o))
-                or self._made_of_little(t)
+                or t in self.little
                 for t in large
             )
             and any(t in at_end for t in large)
-        )
-
-    def _made_of_little(self, t: int) -> bool:
-        """Whether a tensor is a view or a comparison of small ones, as masks are."""
-        size = self.graph.tensors[t].n_elements
-        o = self.graph.tensors[t].producer
-        if o < 0 or o not in self.loops:
-            return o >= 0 and self.graph.ops[o].primitive == "iota"
-        return all(
-            s < 0 or 2 * self.graph.tensors[s].n_elements <= size or self._made_of_little(s)
-            for s in self.graph.ops[o].inputs
         )
 
     def _by_row(self, o: int) -> int:

@@ -110,6 +110,17 @@ def test_reductions_of_one_round_share_a_pass_and_the_first_is_free_after_a_cont
     assert seconds(total, *args) > 0
 
 
+def test_long_chains_of_element_wise_ops_are_no_trouble():
+    def many(x, w):
+        y = x @ w
+        for _ in range(3000):
+            y = y * y + 1.0
+        return y @ w
+
+    _, fusion, dots = _cut(many, _array(256, 256), _array(256, 256))
+    assert fusion.chains[dots[1]][0].instructions < 6000
+
+
 @pytest.mark.parametrize("name", TPUS)
 def test_contractions_inside_programs_follow_the_compiler(name):
     device = load_device(name)

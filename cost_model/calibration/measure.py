@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from cost_model.calibration.kernels import arguments_of, time_kernels
 from cost_model.calibration.programs import Case, build
 from cost_model.device import Device
 from graphs.errors import MeshwrightError
@@ -32,13 +33,17 @@ def cache_dir() -> pathlib.Path:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what measures."""
+    """Versions of what measures, and the compiler's flags where there are any."""
     from importlib import metadata
 
     found = {}
     for package in ("jax", "jaxlib", "libtpu"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    chosen = [f for f in flags if f.startswith("--xla_gpu")]
+    if chosen:
+        found["XLA_FLAGS"] = ",".join(chosen)
     return found
 
 
@@ -133,12 +138,12 @@ def _libtpu_lock() -> Iterator[None]:
 
 
 def time_cases(device: Device, items: list[Case], *, on_record: Callable[[Record], None]) -> None:
-    """Runs every case on the first JAX device of this family and records its best time.
+    """Runs every case on the first JAX device of this family and records its time: the best of up
+    to 20 by the clock on a CPU, that of its kernels on a GPU.
 
     Raises MeshwrightError where JAX finds no such device.
     """
     import jax
-    import jax.numpy as jnp
 
     platform = {"cpu": "cpu", "gpu": "gpu"}[device.family]
     try:
@@ -148,15 +153,15 @@ def time_cases(device: Device, items: list[Case], *, on_record: Callable[[Record
             f"profiling {device.name} runs real kernels and JAX finds no {platform} here; "
             "run it on a machine that has one"
         ) from error
+    if platform == "gpu":
+        time_kernels(items, on_record)
+        return
     for item in items:
         record: Record = {"name": item.name}
         try:
-            program, arguments = build(item)
+            program, _ = build(item)
             with jax.default_device(target):
-                values = [jnp.ones(a.shape, a.dtype) for a in arguments]
-                if item.kind == "ragged_dot":
-                    groups = dict(item.dims)
-                    values[2] = jnp.full((groups["g"],), groups["m"] // groups["g"], "int32")
+                values = [jax.device_put(v) for v in arguments_of(item)]
                 record["seconds"] = _best_time_s(jax.jit(program), values)
         except Exception as error:
             # a case that does not run is a result: it is listed with its reason

@@ -129,7 +129,9 @@ def test_what_is_not_recorded_is_never_drawn():
 
 
 def test_training_learns_what_decides(problems, tmp_path):
-    config = dataclasses.replace(SMALL, imitation_epochs=60, learning_rate=1e-2, average=0.9)
+    config = dataclasses.replace(
+        SMALL, imitation_epochs=60, learning_rate=1e-2, average=0.9, checkpoint_every=20
+    )
     rows = run(config, *problems, tmp_path)
     assert rows[-1]["regret"] < 0.5 * rows[0]["regret"]
     assert rows[-1]["value_error"] < 0.5 * rows[0]["value_error"]
@@ -138,8 +140,15 @@ def test_training_learns_what_decides(problems, tmp_path):
     assert json.loads(weights.facts["config"])["imitation_epochs"] == 60
 
 
-def test_a_killed_run_goes_on_with_the_same_curve(problems, tmp_path):
-    whole = run(SMALL, *problems, tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(problems, tmp_path_factory):
+    """(folder, rows) of an uninterrupted run in this process."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, run(SMALL, *problems, out)
+
+
+def test_a_killed_run_goes_on_with_the_same_curve(problems, whole, tmp_path):
+    folder, rows = whole
 
     class Killed(Exception):
         pass
@@ -151,10 +160,10 @@ def test_a_killed_run_goes_on_with_the_same_curve(problems, tmp_path):
     with pytest.raises(Killed):
         run(SMALL, *problems, tmp_path / "cut", on_row=kill)
     resumed = run(SMALL, *problems, tmp_path / "cut")
-    for a, b in zip(whole, resumed, strict=True):
+    for a, b in zip(rows, resumed, strict=True):
         assert a["step"] == b["step"]
         assert all(a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-6) for k in ("loss", "regret"))
-    one, two = (load_policy(str(tmp_path / n / WEIGHTS)).members for n in ("whole", "cut"))
+    one, two = (load_policy(str(n / WEIGHTS)).members for n in (folder, tmp_path / "cut"))
     for a, b in zip(one, two, strict=True):
         assert all(np.allclose(a[k], b[k], rtol=1e-5, atol=1e-6) for k in a)
 
@@ -215,7 +224,7 @@ run(SMALL, [example(s) for s in range(24)], [example(s) for s in range(100, 108)
 """
 
 
-def test_two_processes_train_as_one(problems, tmp_path):
+def test_two_processes_train_as_one(whole, tmp_path):
     """Data parallel: each holds half of every batch; losses and weights are those of one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -225,7 +234,7 @@ def test_two_processes_train_as_one(problems, tmp_path):
     )
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
     }
     children = [
         subprocess.Popen(
@@ -235,10 +244,10 @@ def test_two_processes_train_as_one(problems, tmp_path):
     ]
     errors = [c.communicate(timeout=300)[1] for c in children]
     assert all(c.returncode == 0 for c in children), "\n".join(errors)[-3000:]
-    run(SMALL, *problems, tmp_path / "one")
-    one, two = (read_metrics(tmp_path / n / "member_0" / "metrics.jsonl") for n in ("one", "two"))
+    folders = (whole[0], tmp_path / "two")
+    one, two = (read_metrics(n / "member_0" / "metrics.jsonl") for n in folders)
     assert len(two) == SMALL.epochs
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-4)
-    (first,), (second,) = (load_policy(str(tmp_path / n / WEIGHTS)).members for n in ("one", "two"))
+    (first,), (second,) = (load_policy(str(n / WEIGHTS)).members for n in folders)
     assert all(np.allclose(first[k], second[k], rtol=1e-2, atol=1e-3) for k in first)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import re
 import subprocess
@@ -18,14 +17,9 @@ RUN = [d for d in DOCUMENTS if any(b.language in ("python", "sh") for b in block
 
 @pytest.mark.parametrize("document", RUN, ids=lambda d: d.stem)
 def test_its_code_runs(document, tmp_path):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "run_document.py"), str(document)],
         cwd=tmp_path,
-        env=environment,
         capture_output=True,
         text=True,
         timeout=300,

@@ -18,8 +18,9 @@ from cost_model.device import Device
 from cost_model.fitted import load_calibration
 from cost_model.fusion import CONTRACTIONS, Chain, Fusion
 from cost_model.loops import loop_seconds
-from cost_model.matmul import Product, matmul_time_s
+from cost_model.matmul import matmul_time_s
 from cost_model.pricing import Pricing
+from cost_model.product import Product
 from cost_model.rows import distinct_rows
 from graphs.choices import Choices
 from graphs.groups import COPY, HEAVY, Group, Grouping

@@ -31,7 +31,9 @@ def main() -> int:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/operators.json"))
     arguments = parser.parse_args()
     names = arguments.devices or [
-        n for n in ("v4", "v5e", "v5p", "v6e", "tpu7x", "cpu") if (FOLDER / f"{n}.csv").is_file()
+        n
+        for n in ("v4", "v5e", "v5p", "v6e", "tpu7x", "h200", "cpu")
+        if (FOLDER / f"{n}.csv").is_file()
     ]
     table = Table(title="|predicted / profile - 1| on held-out shapes")
     for head in ("device", "operator", "shapes", "median", "95 %"):

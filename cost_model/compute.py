@@ -10,6 +10,10 @@ and read, only where it exceeds ``resident_bytes``. Of loops known only by bytes
 elements (``elementwise_time_s``), a register costs ``pass_cycles`` in every pass, however narrow
 its type, and ``vector_factor`` times its instructions at the vector unit's peak.
 
+Kernels of GPUs find up to ``cache_bytes`` in the second-level cache, at ``cached_factor`` in place of
+``memory_factor``, and take up to ``spread`` cycles more to reach all multiprocessors and pages, half
+of it at ``spread_bytes``. Their registers are 1024 elements, without padding.
+
 Constants are those of :mod:`cost_model.fitted`.
 """
 
@@ -30,7 +34,8 @@ from cost_model.fitted import (
     soft_max,
     start_cycles,
 )
-from cost_model.matmul import Product, matmul_cycles, matmul_time_s
+from cost_model.matmul import matmul_cycles, matmul_time_s
+from cost_model.product import Product
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,11 +74,11 @@ def class_cycles(device: Device, c: Mapping[str, float], work: Work) -> np.ndarr
     hz = device.core_clock_hz
     spilled = np.where(work.spill_bytes > c.get("resident_bytes", 0.0), 2 * work.spill_bytes, 0.0)
     moved = work.n_bytes + spilled
-    memory = c["memory_factor"] * moved / (device.hbm_bandwidth_bytes_per_s / hz)
+    memory = memory_cycles(device, c, moved)
     each = c.get("register_cycles", 0.0) + c.get("narrow_cycles", 0.0) * np.asarray(work.narrow)
     flops = c.get("compute_factor", 1.1) * work.flops / (device.peak("bfloat16") / hz)
     vector = each * work.registers + flops
-    start = c.get("start", device.launch_latency_s * hz)
+    start = start_cycles(device, c) + spread_cycles(c, moved)
     pieces = c.get("per_piece", 0.0) * np.asarray(work.pieces)
     return start + soft_max(c["sharpness"], np.asarray(memory), np.asarray(vector)) + pieces
 
@@ -112,10 +117,32 @@ def loop_cycles(
 ) -> np.ndarray:
     """start + softmax(memory, pass_cycles per register + vector_factor at the vector peak)."""
     hz = device.core_clock_hz
-    memory = c["memory_factor"] * n_bytes / (device.hbm_bandwidth_bytes_per_s / hz)
+    memory = memory_cycles(device, c, n_bytes)
     vector = c["vector_factor"] * vector_flops / (device.vector_flops_per_s / hz)
     vector = vector + c["pass_cycles"] * pass_elements / 1024
-    return start_cycles(device, c) + soft_max(c["sharpness"], memory, vector)
+    start = start_cycles(device, c) + spread_cycles(c, n_bytes)
+    return start + soft_max(c["sharpness"], memory, vector)
+
+
+def memory_cycles(device: Device, c: Mapping[str, float], n_bytes: Any) -> np.ndarray:
+    """Cycles to move bytes, of which ``cache_bytes`` at most are found in a cache."""
+    near = np.minimum(n_bytes, c.get("cache_bytes", 0.0))
+    scaled = c["memory_factor"] * (n_bytes - near) + c.get("cached_factor", 0.0) * near
+    return scaled / (device.hbm_bandwidth_bytes_per_s / device.core_clock_hz)
+
+
+def spread_cycles(c: Mapping[str, float], n_bytes: Any) -> Any:
+    """Cycles that a kernel takes to get going on as many bytes; 0 without such constants."""
+    if "spread" not in c:
+        return 0.0
+    return c["spread"] * n_bytes / (n_bytes + c["spread_bytes"])
+
+
+def registers(device: Device, rows: Any, columns: Any) -> np.ndarray:
+    """Registers of 8 x 128 elements of an array [rows, columns]."""
+    if device.multiprocessors:
+        return rows * columns / 1024
+    return np.ceil(rows / 8) * np.ceil(columns / 128)
 
 
 def attention_time_s(
@@ -131,7 +158,6 @@ def attention_time_s(
     pairs = np.asarray(batch, dtype=np.float64) * np.asarray(heads, dtype=np.float64)
     q, kv = np.asarray(q_len, dtype=np.float64), np.asarray(kv_len, dtype=np.float64)
     d = np.asarray(head_dim, dtype=np.float64)
-    registers = pairs * np.ceil(q / 8) * np.ceil(kv / 128)
     fit = load_calibration(device.calibration)
     if "attention.full" not in fit.constants:
         inner = matmul_time_s(device, pairs, q, d, kv, dtype)
@@ -140,7 +166,7 @@ def attention_time_s(
         return inner + outer + elementwise_time_s(device, moved, 12 * pairs * q * kv)
     work = Work(
         n_bytes=2 * pairs * (q + kv) * d * item_bytes(dtype),
-        registers=registers,
+        registers=pairs * registers(device, q, kv),
         flops=attention_flops(device, fit.constants["matmul"], pairs, q, kv, d, 1.0),
         pieces=pairs,
         spill_bytes=4 * pairs * q * kv,
@@ -171,7 +197,7 @@ def gather_time_s(
     rows, width = np.asarray(rows, dtype=np.float64), np.asarray(width, dtype=np.float64)
     work = Work(
         n_bytes=2 * rows * width * item_bytes(dtype),
-        registers=np.ceil(rows / 8) * np.ceil(width / 128),
+        registers=registers(device, rows, width),
         pieces=rows,
         narrow=item_bytes(dtype) < 4,
     )
@@ -183,7 +209,7 @@ def sort_time_s(device: Device, rows: ArrayLike, length: ArrayLike) -> np.ndarra
     """Seconds to sort rows of 4-byte keys: a bitonic network, log2(n) (log2(n) + 1) / 2 passes."""
     rows, length = np.asarray(rows, dtype=np.float64), np.asarray(length, dtype=np.float64)
     depth = np.log2(np.maximum(length, 2))
-    registers = np.ceil(rows / 8) * np.ceil(length / 128) * depth * (depth + 1) / 2
-    work = Work(n_bytes=8 * rows * length, registers=registers, pieces=rows / 8)
+    network = registers(device, rows, length) * depth * (depth + 1) / 2
+    work = Work(n_bytes=8 * rows * length, registers=network, pieces=rows / 8)
     fit = load_calibration(device.calibration)
     return kernel_cycles(device, fit, "sort.sort", work) / device.core_clock_hz

@@ -26,7 +26,8 @@ import numpy as np
 from cost_model.device import Device
 from cost_model.fitted import Calibration, load_calibration, soft_max, start_cycles
 from cost_model.fusion import Chain
-from cost_model.matmul import Product, peak_cycles, result_registers
+from cost_model.matmul import peak_cycles, result_registers
+from cost_model.product import Product
 
 STEP = 256
 """Elements of k that are on chip at a time."""

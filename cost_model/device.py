@@ -78,6 +78,8 @@ class Device:
     core_clock_hz: float
     matrix_tile: int
     """edge of the matrix unit (or of the usual output tile): shapes round up to it."""
+    multiprocessors: int
+    """of a GPU, which work on one tile of a result each; 0 where it is not known, and for others."""
     link_bandwidth_bytes_per_s: float
     """one link, one direction, vendor's figure."""
     links_per_device: int
@@ -250,6 +252,7 @@ def _build(where: str, values: dict[str, Any], sources: dict[str, str]) -> Devic
             "cache_bytes",
             "cache_bandwidth_bytes_per_s",
             "cores",
+            "multiprocessors",
         ),
         0,
     )

@@ -1,7 +1,8 @@
 """The constants fitted to a device's profile, and residuals at its profiled shapes.
 
 They come from ``cost_model/calibration/DEVICE.json``, fitted to the cycles that XLA's TPU compiler
-states; without a file, defaults give the roofline of the device's datasheet.
+states, or to kernels timed on a GPU; without a file, defaults give the roofline of the device's
+datasheet.
 """
 
 from __future__ import annotations

@@ -91,6 +91,8 @@ class Fusion:
     """Ops that only pass on the result of a contraction, at the end of its kernel."""
     at_end: frozenset[int]
     """Tensors that a contraction's kernel has in hand: its result, and what passes it on."""
+    passes: Mapping[int, frozenset[int]] = dataclasses.field(default_factory=dict)
+    """Reduction with a kernel of its own -> what it reads, on GPUs (:mod:`cost_model.gpu_fusion`)."""
 
     def at_hand(self, t: int) -> bool:
         """Whether a contraction's kernel has this tensor, so that a reduction of it is free."""
@@ -105,12 +107,14 @@ class Fusion:
             for o, op in enumerate(graph.ops)
             if op.primitive in CONTRACTIONS
         }
+        ended, at_end = walk.ends()
         return cls(
             stored=frozenset(materialised(grouping)),
             wide=frozenset(graph.ops[o].outputs[0] for o in chains if walk.widens(o)),
             chains=chains,
             inside=walk.inside(),
-            **walk.ends(),
+            ended=ended,
+            at_end=at_end,
         )
 
 
@@ -221,7 +225,7 @@ class _Walk:
             todo += graph.ops[o].inputs
         return Chain(instructions=instructions, itemsize=itemsize)
 
-    def ends(self) -> dict[str, frozenset[int]]:
+    def ends(self) -> tuple[frozenset[int], frozenset[int]]:
         """The ops and tensors of ``Fusion.ended`` and ``Fusion.at_end``."""
         ended, at_end = set(), set()
         for o, op in enumerate(self.graph.ops):
@@ -230,7 +234,7 @@ class _Walk:
             elif o in self.loops and self._passes_on(o, at_end):
                 ended.add(o)
                 at_end.add(op.outputs[0])
-        return {"ended": frozenset(ended), "at_end": frozenset(at_end)}
+        return frozenset(ended), frozenset(at_end)
 
     def _passes_on(self, o: int, at_end: set[int]) -> bool:
         """Whether an op reads nothing of its size but a contraction's result that only it reads."""

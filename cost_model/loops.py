@@ -28,11 +28,11 @@ def loop_seconds(
     grouping: Grouping, item: Group, choices: Choices, pricing: Pricing, fusion: Fusion
 ) -> list[tuple[int, int, np.ndarray]]:
     """(op at which it is scheduled, region, seconds [S] a trip) of the loops of a light group."""
-    loops = _Loops(grouping, item, choices, pricing, fusion)
+    loops = Loops(grouping, item, choices, pricing, fusion)
     return list(loops.seconds())
 
 
-class _Loops:
+class Loops:
     """What one group moves and computes, by region."""
 
     def __init__(self, grouping, item: Group, choices: Choices, pricing: Pricing, fusion: Fusion):

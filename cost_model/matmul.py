@@ -18,53 +18,21 @@ A matrix multiplication of ``b`` products [m, k] @ [k, n] takes, in cycles of th
 - turn: an operand that lies transposed in memory is turned each time it is read, ``turn_left`` or
   ``turn_right`` cycles per register.
 
-With a profile, the residuals at the profiled shapes, averaged over near shapes, are added.
+With a profile, the residuals at the profiled shapes, averaged over near shapes, are added. GPUs that
+have a profile have a formula of their own, :mod:`cost_model.gpu_matmul`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cost_model.device import Device, item_bytes
+from cost_model.device import Device
 from cost_model.fitted import load_calibration, nearby_residuals, soft_max, start_cycles
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Product:
-    """Products [m, k] @ [k, n], ``b`` of each; sizes are arrays of one shape."""
-
-    b: Any
-    m: Any
-    k: Any
-    n: Any
-    size: Any = 2
-    """bytes of an operand's element."""
-    out: Any = 2
-    """bytes of a result's element."""
-    turned: tuple[Any, Any] = (False, False)
-    """which operand lies transposed in memory: [k, m], [n, k]."""
-
-    @classmethod
-    def of(
-        cls,
-        batch: ArrayLike,
-        m: ArrayLike,
-        k: ArrayLike,
-        n: ArrayLike,
-        dtype: str = "bfloat16",
-        out_dtype: str | None = None,
-        turned: tuple[Any, Any] = (False, False),
-    ) -> Product:
-        """Of sizes that broadcast, operands of ``dtype`` and results of ``out_dtype``."""
-        sides = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (batch, m, k, n)))
-        b, m, k, n = sides
-        size, out = item_bytes(dtype), item_bytes(out_dtype or dtype)
-        return cls(b=b, m=m, k=k, n=n, size=size, out=out, turned=turned)
+from cost_model.gpu_matmul import gpu_matmul_cycles, gpu_matmul_features, tiled
+from cost_model.product import Product
 
 
 def matmul_time_s(
@@ -85,7 +53,7 @@ def matmul_time_s(
     fit = load_calibration(device.calibration)
     cycles = matmul_cycles(device, fit.constants["matmul"], product, dtype)
     if "matmul" in fit.neighbours:
-        features = matmul_features(product)
+        features = matmul_features(device, product)
         cycles = cycles * np.exp(nearby_residuals(*fit.neighbours["matmul"], features))
     some = product.b * product.m * product.k * product.n > 0
     return np.where(some, cycles / device.core_clock_hz, 0.0)
@@ -94,7 +62,9 @@ def matmul_time_s(
 def matmul_cycles(
     device: Device, c: Mapping[str, float], x: Product, dtype: str = "bfloat16"
 ) -> np.ndarray:
-    """The formula of the module docstring."""
+    """The formula of the module docstring, or of :mod:`cost_model.gpu_matmul` where c is its."""
+    if tiled(c):
+        return gpu_matmul_cycles(device, c, x)
     hz, read = device.core_clock_hz, c["block"]
     left, right, result = (
         x.b * x.m * x.k * x.size,
@@ -139,8 +109,10 @@ def result_registers(x: Product) -> np.ndarray:
     return x.b * along / 1024
 
 
-def matmul_features(x: Product) -> np.ndarray:
+def matmul_features(device: Device, x: Product) -> np.ndarray:
     """[..., F] coordinates in which near shapes have near residuals."""
+    if device.multiprocessors:
+        return gpu_matmul_features(x)
     sides = (x.m, x.k, x.n)
     columns = [np.log2(np.maximum(side, 1)) for side in (*sides, x.b)]
     columns += [2.0 * (np.broadcast_to(y, x.m.shape) > 2) for y in (x.size, x.out)]

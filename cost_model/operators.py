@@ -17,9 +17,11 @@ from cost_model.contraction import contraction_time_s
 from cost_model.device import Device
 from cost_model.fitted import load_calibration
 from cost_model.fusion import CONTRACTIONS, Chain, Fusion
+from cost_model.gpu_loops import gpu_loop_seconds
 from cost_model.loops import loop_seconds
-from cost_model.matmul import Product, matmul_time_s
+from cost_model.matmul import matmul_time_s
 from cost_model.pricing import Pricing
+from cost_model.product import Product
 from cost_model.rows import distinct_rows
 from graphs.choices import Choices
 from graphs.groups import COPY, HEAVY, Group, Grouping
@@ -61,9 +63,10 @@ def compute_events(
         return [_heavy(grouping, item, choices, pricing, fusion)]
     if item.kind == COPY:
         return []
+    loops = gpu_loop_seconds if pricing.timed else loop_seconds
     return [
         ComputeEvent(op=op, region=region, seconds=seconds, kind="vector")
-        for op, region, seconds in loop_seconds(grouping, item, choices, pricing, fusion)
+        for op, region, seconds in loops(grouping, item, choices, pricing, fusion)
     ]
 
 
@@ -104,12 +107,14 @@ def contraction_s(
     dtype: str,
     out_dtype: str | None = None,
     operands: tuple[Chain, Chain] | None = None,
+    turned: tuple[bool, bool] = (False, False),
 ) -> np.ndarray:
     """[S] seconds; choices repeat few local shapes, and each is priced once per Pricing.
 
-    With ``operands`` as it runs inside a program, where they are computed or read; else alone.
+    With ``operands`` as it runs inside a program, where they are computed or read; else alone, its
+    operands in memory as ``turned`` says (:class:`cost_model.product.Product`).
     """
-    kind = f"{dtype} {out_dtype} {operands}"
+    kind = f"{dtype} {out_dtype} {operands} {turned}"
     shapes = np.stack([x["b"], x["m"], x["k"], x["n"]], axis=1)
     rows, inverse = distinct_rows(shapes)
     known = pricing.contractions
@@ -117,7 +122,7 @@ def contraction_s(
     if missing:
         b, m, k, n = np.array(missing).T
         if operands is None:
-            seconds = matmul_time_s(pricing.device, b, m, k, n, dtype, out_dtype)
+            seconds = matmul_time_s(pricing.device, b, m, k, n, dtype, out_dtype, turned)
         else:
             product = Product.of(b, m, k, n, dtype, out_dtype)
             seconds = contraction_time_s(pricing.device, product, *operands, dtype)
@@ -146,9 +151,11 @@ def _heavy(
         _, x, _ = local_contraction(grouping, item, choices, pricing)
         dtype = graph.tensors[op.inputs[0]].dtype
         constants = load_calibration(device.calibration).constants
-        out = "float32" if op.outputs[0] in fusion.wide else None
+        out, turned = "float32" if op.outputs[0] in fusion.wide else None, (False, False)
+        if pricing.timed:
+            out, turned = graph.tensors[op.outputs[0]].dtype, _turned(op.params, shapes)
         operands = fusion.chains[index] if pricing.fuses else None
-        seconds = contraction_s(pricing, x, dtype, out, operands)
+        seconds = contraction_s(pricing, x, dtype, out, operands, turned)
         if operands is None:
             seconds = constants["program"]["matmul"] * seconds
         return ComputeEvent(op=index, region=op.region, seconds=seconds, kind="matmul")
@@ -177,6 +184,15 @@ def _heavy(
         moved += graph.tensors[view.tensor].n_bytes / shards
     seconds = memory_bound_time_s(device, 2.0 * moved / _GATHER_EFFICIENCY)
     return ComputeEvent(op=index, region=op.region, seconds=seconds, kind="gather")
+
+
+def _turned(params, shapes) -> tuple[bool, bool]:
+    """Whether the operands of a dot lie [k, m] and [n, k]: by the last dimension of each."""
+    if "dimension_numbers" not in params:
+        return False, False
+    contracting, _ = params["dimension_numbers"]
+    ends = [len(shape) - 1 in dims for shape, dims in zip(shapes, contracting)]
+    return not ends[0], ends[1]
 
 
 def _kernel_s(params, flops: float, device: Device) -> float:

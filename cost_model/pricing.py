@@ -16,6 +16,7 @@ import numpy as np
 from cost_model.collectives import collective_time_s
 from cost_model.device import Device
 from cost_model.fitted import load_calibration
+from cost_model.gpu_matmul import tiled
 from cost_model.layout import MeshLayout
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "collective_permute")
@@ -71,6 +72,11 @@ class Pricing:
     def fuses(self) -> bool:
         """Whether contractions are priced as kernels that compute their operands."""
         return "contraction" in load_calibration(self.device.calibration).constants
+
+    @functools.cached_property
+    def timed(self) -> bool:
+        """Whether operators are priced as the timed kernels of a GPU."""
+        return tiled(load_calibration(self.device.calibration).constants["matmul"])
 
     def collective_s(self, kind: int, mask: np.ndarray, payload_bytes: np.ndarray) -> np.ndarray:
         """Seconds; zero where the set of axes is empty."""

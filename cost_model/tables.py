@@ -25,6 +25,7 @@ from cost_model.events import (
     reshards,
 )
 from cost_model.fusion import Fusion
+from cost_model.gpu_fusion import own_passes
 from cost_model.layout import MeshLayout
 from cost_model.live import usage_entries
 from cost_model.operands import Operand
@@ -96,6 +97,8 @@ def build_tables(
     tied = fold(grouping) if tied is None else tied
     pricing = Pricing.of(layout, memo)
     fusion = Fusion.of(grouping)
+    if pricing.timed:
+        fusion = dataclasses.replace(fusion, passes=own_passes(grouping, fusion.stored))
     firsts = sorted(set(tied))
     number = {g: n for n, g in enumerate(firsts)}
     node_of = np.array([number[t] for t in tied], np.int32)

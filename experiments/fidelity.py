@@ -237,7 +237,8 @@ def _operators() -> list[str]:
     names = list(sample) if isinstance(sample, dict) else ["error"]
     heads = ("device", "operators", *names)[:width]
     return [
-        "## Operator times against compiled programs, held-out shapes (`meshwright profile`)",
+        "## Operator times against compiled programs (TPUs) or timed kernels (GPUs), held-out shapes "
+        "(`meshwright profile`)",
         "",
         *table(heads, rows),
     ]

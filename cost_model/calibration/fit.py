@@ -1,4 +1,5 @@
-"""Fits the constants of cost_model.compute and matmul to a profile, and says how well they predict.
+"""Fits the constants of cost_model.compute, matmul and gpu_matmul to a profile, and says how well they
+predict.
 
 Least squares on the logarithm of cycles with a soft loss, so that a few odd kernels do not bend the
 fit. Every fourth shape (by a hash of its name) is held out for the stated error; the shipped
@@ -22,6 +23,13 @@ from cost_model.calibration.counts import (
     vector_instructions,
 )
 from cost_model.calibration.fit_contraction import fit_contraction, program_cycles
+from cost_model.calibration.fit_gpu import (
+    CACHE_BOUNDS,
+    GPU_LOOPS,
+    TILED_BOUNDS,
+    cache_constants,
+    unpadded,
+)
 from cost_model.calibration.least_squares import least_squares
 from cost_model.calibration.programs import Case, parse_case
 from cost_model.compute import (
@@ -34,7 +42,8 @@ from cost_model.compute import (
 )
 from cost_model.device import Device, item_bytes
 from cost_model.fitted import Calibration, nearby_residuals, parse_calibration
-from cost_model.matmul import Product, matmul_cycles, matmul_features
+from cost_model.matmul import matmul_cycles, matmul_features
+from cost_model.product import Product
 from graphs.errors import MeshwrightError
 
 Errors = dict[str, tuple[int, float, float]]
@@ -60,6 +69,8 @@ _NO_ESTIMATE = ("ragged_dot",)
 """Kinds whose compiler estimate is no time: 3 to 140 times a dense product of every group."""
 _LEAST_CYCLES = 1000
 """No kernel starts in less; a smaller sum means that one has no estimate."""
+_LOOPS = ("elementwise", "optimizer", "reduce")
+"""Kinds that show what a loop costs of which bytes, instructions and passes are known."""
 _BARE = ("add", "exp", "max_row", "cumsum", "argmax_row")
 """Programs that are no fused loop: single instructions, whose windows are not tuned, and scans."""
 _LARGE_REGISTERS = 500
@@ -155,12 +166,14 @@ def fit_rows(device: Device, rows: Sequence[Row], versions: dict[str, str]) -> d
             device, parse_calibration(content), [r.case for r in fused_dots], measured
         )
     resident = content["constants"].get("matmul", {}).get("resident_bytes", 0.0)
-    loops = [r for r in rows if r.case.kind in ("elementwise", "optimizer", "reduce")]
-    fused = [r for r in loops if r.case.variant not in _BARE]
+    kinds, bare_kernels = _LOOPS, _BARE
+    if device.multiprocessors:
+        kinds, bare_kernels = GPU_LOOPS, ()
+    fused = [r for r in rows if r.case.kind in kinds and r.case.variant not in bare_kernels]
     if len(fused) >= 8:
         content["constants"]["vector"] = _fit_any_loop(device, fused)
     bare = _bare_cycles(rows)
-    if bare:
+    if bare and not device.multiprocessors:
         content["constants"]["program"] = {"bare_cycles": bare}
     single = content["constants"].get("vector", {}).get("start")
     for kind in VECTOR_KINDS:
@@ -168,14 +181,17 @@ def fit_rows(device: Device, rows: Sequence[Row], versions: dict[str, str]) -> d
         if not own:
             continue
         dots = content["constants"].get("matmul")
-        whole = _fit_vector(device, own, resident, dots)[0]
+        cache = cache_constants(kind, content["constants"].get("vector", {}))
+        whole = _fit_vector(device, own, resident, dots, cache=cache)[0]
         content["constants"][kind] = whole
         if single is not None and kind != "attention":
             # a variant is one kernel unless its small shapes say otherwise
             whole = whole | {"start": single}
         for variant in sorted({r.case.variant for r in own}):
             some = [r for r in own if r.case.variant == variant]
-            constants, points, residuals = _fit_vector(device, some, resident, dots, near=whole)
+            constants, points, residuals = _fit_vector(
+                device, some, resident, dots, near=whole, cache=cache
+            )
             content["constants"][f"{kind}.{variant}"] = constants
             _add_neighbours(content, f"{kind}.{variant}", points, residuals)
     return content
@@ -221,7 +237,7 @@ def predict_cycles(device: Device, fit: Calibration, item: Case) -> float:
         product = _product([item])
         model = matmul_cycles(device, fit.constants["matmul"], product)
         if "matmul" in fit.neighbours:
-            features = matmul_features(product)
+            features = matmul_features(device, product)
             model = model * np.exp(nearby_residuals(*fit.neighbours["matmul"], features))
         return float(model[0])
     if item.kind == "fused":
@@ -235,6 +251,8 @@ def predict_cycles(device: Device, fit: Calibration, item: Case) -> float:
 def _work(device: Device, item: Case, dots: Mapping[str, float] | None) -> Work:
     """What a case moves and computes; the contractions of attention as the fit has them alone."""
     work = counts([item])[0]
+    if device.multiprocessors:
+        work = unpadded(work, item)
     if item.kind != "attention" or dots is None:
         return work
     d = dict(item.dims)
@@ -267,6 +285,9 @@ def _fit_matmul(device: Device, rows: list[Row]) -> tuple[dict[str, float], np.n
     def cycles(c: dict[str, float]) -> np.ndarray:
         return matmul_cycles(device, c, product)
 
+    if device.multiprocessors:
+        tiled, _ = least_squares(cycles, TILED_BOUNDS, measured)
+        return tiled, matmul_features(device, product), np.log(measured / cycles(tiled))
     best: tuple[float, dict[str, float]] | None = None
     for resident in _RESIDENT_BYTES if device.family == "tpu" else [0.0]:
         fixed = {"resident_bytes": resident}
@@ -277,7 +298,7 @@ def _fit_matmul(device: Device, rows: list[Row]) -> tuple[dict[str, float], np.n
             best = (loss, constants | fixed)
     assert best is not None
     residuals = np.log(measured / cycles(best[1]))
-    return best[1], matmul_features(product), residuals
+    return best[1], matmul_features(device, product), residuals
 
 
 def _fit_vector(
@@ -286,8 +307,12 @@ def _fit_vector(
     resident_bytes: float,
     dots: dict[str, float] | None,
     near: dict[str, float] | None = None,
+    cache: dict[str, float] | None = None,
 ) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    """Constants, features and residuals; drawn to the constants ``near`` of the whole kind."""
+    """Constants, features and residuals; drawn to the constants ``near`` of the whole kind.
+
+    ``cache`` are constants of the device that are known already.
+    """
     works = [_work(device, r.case, dots) for r in rows]
     names = [f.name for f in dataclasses.fields(Work)]
     work = Work(**{n: np.array([float(getattr(w, n)) for w in works]) for n in names})
@@ -304,7 +329,7 @@ def _fit_vector(
         bounds["compute_factor"] = (1.3, 0.1, 50.0)
     if np.any(work.pieces > 0):
         bounds["per_piece"] = (1.0, 1e-3, 20000.0)
-    fixed = {"resident_bytes": resident_bytes}
+    fixed = {"resident_bytes": resident_bytes} | (cache or {})
     constants, _ = least_squares(
         lambda c: class_cycles(device, c | fixed, work), bounds, measured, near
     )
@@ -326,6 +351,8 @@ def _fit_any_loop(device: Device, rows: list[Row]) -> dict[str, float]:
         "pass_cycles": (5.0, 0.01, 100.0),
         "sharpness": (4.0, 3.0, 12.0),
     }
+    if device.multiprocessors:
+        bounds |= CACHE_BOUNDS
     measured = np.array([r.cycles for r in rows])
     return least_squares(
         lambda c: loop_cycles(device, c, n_bytes, instructions, elements), bounds, measured

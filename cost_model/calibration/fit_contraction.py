@@ -18,7 +18,7 @@ from cost_model.contraction import contraction_cycles
 from cost_model.device import Device, item_bytes
 from cost_model.fitted import Calibration
 from cost_model.fusion import Chain
-from cost_model.matmul import Product
+from cost_model.product import Product
 
 _BOUNDS: dict[str, tuple[float, float, float]] = {
     "loop": (3000, 10, 30000),

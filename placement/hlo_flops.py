@@ -8,18 +8,28 @@ import re
 from placement.hlo import Computation, Instruction, Module
 
 _DIM_LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
+_GEMM = re.compile(r'custom_call_target="__cublas[^"]*"')
+_GEMM_CONTRACTING = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 _CONTRACTING = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
 
 def matmul_flops(module: Module, scope: Computation, i: Instruction) -> float:
-    """Multiply-adds times two of the matmuls in a kernel (dot, convolution), fusions entered."""
+    """Multiply-adds times two of the matmuls in a kernel (dot, convolution, a call of cuBLAS), fusions
+    entered."""
     body = module.computations.get(i.called.get("calls", ""))
     if body is not None:
         return sum(matmul_flops(module, body, x) for x in body.instructions)
-    if i.opcode not in ("dot", "convolution") or len(i.operands) < 2 or not i.arrays:
+    library = i.opcode == "custom-call" and _GEMM.search(i.attributes_text) is not None
+    if not library and i.opcode not in ("dot", "convolution"):
+        return 0.0
+    if len(i.operands) < 2 or not i.arrays:
         return 0.0
     output = math.prod(i.arrays[0].shape)
     lhs, rhs = (scope.by_name.get(name) for name in i.operands[:2])
+    if library and lhs is not None and lhs.arrays:
+        dims = _GEMM_CONTRACTING.search(i.attributes_text)
+        contracted = [int(d.strip(' "')) for d in dims[1].split(",") if d] if dims else []
+        return 2.0 * output * math.prod(lhs.arrays[0].shape[d] for d in contracted)
     if i.opcode == "dot" and lhs is not None and lhs.arrays:
         dims = _CONTRACTING.search(i.attributes_text)
         contracted = [int(d) for d in dims[1].split(",") if d] if dims else []

@@ -41,6 +41,7 @@ from placement.hlo_collectives import (
 )
 from placement.hlo_flops import matmul_flops
 from placement.hlo_loops import trip_count
+from placement.hlo_traffic import moved_bytes
 
 ABSURD_RATIO = 50.0
 ABSURD_TIME_S = 0.02
@@ -364,13 +365,7 @@ class _Walk:
         return self._roofline_s(scope, i), "unknown"
 
     def _roofline_s(self, scope: Computation, i: Instruction) -> float:
-        moved = sum(a.size_bytes for a in i.arrays if a.memory_space == 0)
-        for name in i.operands:
-            source = scope.by_name.get(name)
-            if source is not None and source.opcode != "tuple":
-                moved += sum(a.size_bytes for a in source.arrays if a.memory_space == 0)
-        if i.opcode in ("dynamic-update-slice", "gather", "scatter", "dynamic-slice"):
-            moved = 2 * min(moved, i.result_bytes)
+        moved = moved_bytes(self.module, scope, i)
         flops = matmul_flops(self.module, scope, i)
         return max(
             moved / self.chip.memory_bandwidth_bytes_per_s, flops / self.chip.peak_flops_per_s

@@ -156,8 +156,12 @@ def compile_plan(
     *abstract_args: Any,
     timeout_s: float = 900.0,
     cache: bool = True,
+    schedule_only: bool = False,
 ) -> tuple[Compiled, ScheduledStep | None]:
-    """The compiler's result and, if it compiled, its schedule. Raises as :func:`verify`."""
+    """The compiler's result and, if it compiled, its schedule. Raises as :func:`verify`.
+
+    ``schedule_only``: as in :func:`placement.compile.compile_for_cluster`.
+    """
     layout = plan.layout()
     compiled = compile_for_cluster(
         plan.apply(train_step),
@@ -168,6 +172,7 @@ def compile_plan(
         layout=layout,
         timeout_s=timeout_s,
         cache=cache,
+        schedule_only=schedule_only,
     )
     if compiled.status != "ok":
         return compiled, None

@@ -13,6 +13,7 @@ rings is loaded together with its inverse, because windowed matmuls run both dir
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 
@@ -20,7 +21,9 @@ import numpy as np
 
 from cost_model.cluster import PhysicalAxis
 from cost_model.collectives import collective_cost
+from cost_model.device import Device
 from cost_model.layout import Factor, MeshLayout
+from cost_model.matmul import matmul_time_s
 from graphs.mesh import LogicalMesh
 from placement.hlo_collectives import Collective
 from placement.schedule import Chip, CollectiveTimer, Timed
@@ -43,7 +46,20 @@ def chip_of(layout: MeshLayout) -> Chip:
         clock_hz=device.core_clock_hz,
         memory_bandwidth_bytes_per_s=device.hbm_bandwidth_bytes_per_s,
         peak_flops_per_s=device.peak("bfloat16"),
+        product_s=functools.partial(_product_s, device) if device.family == "gpu" else None,
     )
+
+
+_TYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64", "s8": "int8"}
+
+
+def _product_s(
+    device: Device, batch: int, m: int, k: int, n: int, operands: str, result: str
+) -> float:
+    """Seconds of a library's product on a device."""
+    types = (_TYPES.get(t, "float8_e4m3fn" if t.startswith("f8") else "float32")
+             for t in (operands, result))  # fmt: skip
+    return float(matmul_time_s(device, batch, m, k, n, *types))
 
 
 def layout_timer(layout: MeshLayout) -> CollectiveTimer:

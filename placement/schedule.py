@@ -4,8 +4,8 @@ The model. One device runs the scheduled module in the order of its text:
 
 * **Compute lane.** A kernel takes ``estimated_cycles / clock``, the compiler's own figure. A kernel
   with none, with "unknown", or with an absurd one (more than ABSURD_RATIO times its roofline and
-  over ABSURD_TIME_S) takes its roofline ``max(bytes / memory bandwidth, flops / peak)`` instead and
-  is counted in ``unknown_kernels`` / ``absurd_kernels``. Control, tuples, bitcasts, scalars and
+  over ABSURD_TIME_S) takes its roofline ``max(bytes / memory bandwidth, flops / peak)`` instead
+  (a GPU library's product the seconds of :mod:`cost_model.matmul`) and is counted in ``unknown_kernels`` / ``absurd_kernels``. Control, tuples, bitcasts, scalars and
   buffer allocation take nothing.
 * **Memory lane.** Asynchronous copies between device and on-chip memory (``copy-start`` …
   ``copy-done``, sliced prefetches) run one after another at the memory bandwidth, beside compute;
@@ -39,7 +39,7 @@ from placement.hlo_collectives import (
     ring_length,
     windowed_kind,
 )
-from placement.hlo_flops import matmul_flops
+from placement.hlo_flops import library_product, matmul_flops
 from placement.hlo_loops import trip_count
 from placement.hlo_traffic import moved_bytes
 
@@ -76,6 +76,8 @@ class Timed:
 
 
 CollectiveTimer = Callable[[Collective], Timed]
+ProductTimer = Callable[[int, int, int, int, str, str], float]
+"""Of batch, m, k, n and the types of operands and result, as HLO writes them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,8 @@ class Chip:
     memory_bandwidth_bytes_per_s: float
     peak_flops_per_s: float
     """Of the dense matrix unit at the program's type."""
+    product_s: ProductTimer | None = None
+    """Seconds of a library's matrix product; its roofline where None."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -362,6 +366,10 @@ class _Walk:
             if time_s <= ABSURD_RATIO * floor:
                 return time_s, "compiler"
             return floor, "absurd"
+        if self.chip.product_s is not None:
+            product = library_product(scope, i)
+            if product is not None:
+                return self.chip.product_s(*product), "unknown"
         return self._roofline_s(scope, i), "unknown"
 
     def _roofline_s(self, scope: Computation, i: Instruction) -> float:

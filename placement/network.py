@@ -57,9 +57,12 @@ def _product_s(
     device: Device, batch: int, m: int, k: int, n: int, operands: str, result: str
 ) -> float:
     """Seconds of a library's product on a device."""
-    types = (_TYPES.get(t, "float8_e4m3fn" if t.startswith("f8") else "float32")
-             for t in (operands, result))  # fmt: skip
-    return float(matmul_time_s(device, batch, m, k, n, *types))
+    dtype, out_dtype = (_TYPES.get(t, _other_type(t)) for t in (operands, result))
+    return float(matmul_time_s(device, batch, m, k, n, dtype, out_dtype))
+
+
+def _other_type(text: str) -> str:
+    return "float8_e4m3fn" if text.startswith("f8") else "float32"
 
 
 def layout_timer(layout: MeshLayout) -> CollectiveTimer:

@@ -37,6 +37,9 @@ from cost_model.fitted import (
 from cost_model.matmul import matmul_cycles, matmul_time_s
 from cost_model.product import Product
 
+SUSTAINED_MEMORY = 0.85
+"""Share of the memory bandwidth that kernels without a profile are taken to reach."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:

@@ -94,10 +94,6 @@ class Fusion:
     passes: Mapping[int, frozenset[int]] = dataclasses.field(default_factory=dict)
     """Reduction with a kernel of its own -> what it reads, on GPUs (:mod:`cost_model.gpu_fusion`)."""
 
-    def at_hand(self, t: int) -> bool:
-        """Whether a contraction's kernel has this tensor, so that a reduction of it is free."""
-        return t in self.at_end
-
     @classmethod
     def of(cls, grouping: Grouping) -> Fusion:
         graph = grouping.graph

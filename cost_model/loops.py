@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cost_model.compute import SUSTAINED_MEMORY
 from cost_model.device import Device
 from cost_model.fitted import load_calibration
 from cost_model.fusion import REDUCTIONS, Fusion, vector_cost
@@ -20,7 +21,6 @@ from cost_model.pricing import Pricing
 from graphs.choices import Choices
 from graphs.groups import LEAF, Group, Grouping
 
-_SUSTAINED_MEMORY = 0.85
 _Sums = dict[int, np.ndarray]
 
 
@@ -138,7 +138,7 @@ class Loops:
         if op.primitive in REDUCTIONS and op.inputs[0] in self.item.tensors:
             turn += 1
             key = (op.region, turn)
-            if self.fused and self.fusion.at_hand(op.inputs[0]):
+            if self.fused and op.inputs[0] in self.fusion.at_end:  # its kernel has the operand
                 self.at_hand.add(key)
             else:
                 known = self.reduced.get(key, 0.0)
@@ -196,7 +196,7 @@ def fused_bytes_s(device: Device, n_bytes) -> np.ndarray:
     """Seconds to move bytes inside fused loops: at the sustained share of memory bandwidth, or at
     the cache's where all of them fit into it."""
     moved = np.asarray(n_bytes)
-    seconds = moved / (device.hbm_bandwidth_bytes_per_s * _SUSTAINED_MEMORY)
+    seconds = moved / (device.hbm_bandwidth_bytes_per_s * SUSTAINED_MEMORY)
     if device.cache_bytes:
         cached = moved / device.cache_bandwidth_bytes_per_s
         seconds = np.where(moved <= device.cache_bytes, cached, seconds)

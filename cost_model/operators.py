@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from cost_model.compute import memory_bound_time_s
+from cost_model.compute import SUSTAINED_MEMORY, memory_bound_time_s
 from cost_model.contraction import contraction_time_s
 from cost_model.device import Device
 from cost_model.fitted import load_calibration
@@ -28,7 +28,6 @@ from graphs.groups import COPY, HEAVY, Group, Grouping
 from graphs.rules import WHOLE
 from graphs.rules.kernel import grid_steps, kernel_bytes
 
-_SUSTAINED_MEMORY = 0.85
 _GATHER_EFFICIENCY = 0.5
 _CONV_EFFICIENCY = 0.5
 _KERNEL_EFFICIENCY = 0.5
@@ -198,5 +197,5 @@ def _turned(params, shapes) -> tuple[bool, bool]:
 def _kernel_s(params, flops: float, device: Device) -> float:
     """Seconds of a hand-written kernel on one device: its products, its bytes or its grid."""
     products = flops / (device.peak("bfloat16") * _KERNEL_EFFICIENCY)
-    moved = kernel_bytes(params) / (device.hbm_bandwidth_bytes_per_s * _SUSTAINED_MEMORY)
+    moved = kernel_bytes(params) / (device.hbm_bandwidth_bytes_per_s * SUSTAINED_MEMORY)
     return max(products, moved) + grid_steps(params) * _KERNEL_STEP_S

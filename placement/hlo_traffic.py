@@ -38,9 +38,10 @@ def _fusion_bytes(scope: Computation, i: Instruction, body: Computation) -> floa
             users.setdefault(name, []).append(x)
     root = body.root
     results = [root] if root.opcode != "tuple" else [body.by_name[n] for n in root.operands]
-    total, updated = 0.0, set()
+    total, updated, copied = 0.0, set(), set()
     for result, array in zip(results, i.arrays):
         made = _behind(body, result)
+        copied.add(made.name)
         if made.opcode in _UPDATES and made.operands:
             total += _update_bytes(body, made) / 2.0
             updated.add(_behind(body, body.by_name[made.operands[0]]).name)
@@ -54,7 +55,7 @@ def _fusion_bytes(scope: Computation, i: Instruction, body: Computation) -> floa
         readers = _readers(users, x.name)
         whole = _bytes(source)
         read = sum(_read_of(body, reader, name, x.name in updated) for reader, name in readers)
-        total += min(whole, read)
+        total += whole if x.name in copied else min(whole, read)
     return total
 
 

@@ -4,9 +4,10 @@ The model. One device runs the scheduled module in the order of its text:
 
 * **Compute lane.** A kernel takes ``estimated_cycles / clock``, the compiler's own figure. A kernel
   with none, with "unknown", or with an absurd one (more than ABSURD_RATIO times its roofline and
-  over ABSURD_TIME_S) takes its roofline ``max(bytes / memory bandwidth, flops / peak)`` instead
-  (a GPU library's product the seconds of :mod:`cost_model.matmul`) and is counted in ``unknown_kernels`` / ``absurd_kernels``. Control, tuples, bitcasts, scalars and
-  buffer allocation take nothing.
+  over ABSURD_TIME_S) takes its roofline ``max(bytes / memory bandwidth, flops / peak)`` instead (a
+  GPU library's product the seconds of :mod:`cost_model.matmul`) and is counted in
+  ``unknown_kernels`` / ``absurd_kernels``. Control, tuples, bitcasts, scalars and buffer allocation
+  take nothing.
 * **Memory lane.** Asynchronous copies between device and on-chip memory (``copy-start`` …
   ``copy-done``, sliced prefetches) run one after another at the memory bandwidth, beside compute;
   compute waits at the done.

@@ -5,10 +5,16 @@ adds what it visits (each once; it is kept), then trains: imitation, then reinfo
 Leaves metrics.jsonl, curves.png, checkpoints/ and policy.safetensors in out=; the same command again
 goes on from the last checkpoint.
 
+With compiled=FOLDER the shipped weights go on instead, and XLA's schedules are the reward: candidates
+of small programs are compiled (FOLDER/records), the policy is trained on them, and the plans that it
+and the shipped one lead to on other programs are compiled and compared (FOLDER/compiler.json,
+compiler.png).
+
 examples:
   meshwright train_policy out=out/policy
   meshwright train_policy policy=no_edges out=out/no_edges
   meshwright train_policy policy.seed=1 out=out/seed_1
+  meshwright train_policy policy=compiler compiled=out/compiled out=out/compiled/policy
   meshwright train_policy distributed=true coordinator=localhost:9912 processes=2 process=0
 """
 
@@ -39,6 +45,8 @@ def main(argv: list[str]) -> int:
     from placement.learned.run import WEIGHTS
 
     out = pathlib.Path(str(config.out))
+    if config.compiled:
+        return _on_schedules(config, pathlib.Path(str(config.compiled)), out)
     if config.record:
         outcomes.main([f"split={s}" for s in _SPLITS])
     if config.visit and not all(collect.visited(s, "explorer") for s in _SPLITS):
@@ -50,10 +58,34 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _on_schedules(config: Any, folder: pathlib.Path, out: pathlib.Path) -> int:
+    """The second stage: train on compiled candidates, and compare compiled plans."""
+    from placement.learned import compiled_outcomes, compiled_report
+    from placement.learned.policy import load_policy
+    from placement.learned.problems import COMPILED
+    from placement.learned.run import WEIGHTS
+
+    if config.record:
+        for split in COMPILED:
+            compiled_outcomes.main([f"split={split}", f"out={folder}"])
+    examples = [compiled_outcomes.load_examples(folder, s) for s in list(COMPILED)[:2]]
+    _fit(config.policy, out, *examples)
+    start = str(config.policy.start) or "learned"
+    policies = {"before": load_policy(start), "after": load_policy(str(out / WEIGHTS))}
+    for line in compiled_report.lines(compiled_report.write(folder, policies)):
+        print(line)
+    return 0
+
+
 def _train(node: Any, out: pathlib.Path, *, visited: bool) -> None:
+    from placement.learned.dataset import load_examples
+
+    _fit(node, out, *(load_examples(s, visited=visited) for s in _SPLITS))
+
+
+def _fit(node: Any, out: pathlib.Path, training: Any, validation: Any) -> None:
     import jax
 
-    from placement.learned.dataset import load_examples
     from placement.learned.run import WEIGHTS, run
 
     settings = _hydra.instantiate(node)
@@ -63,7 +95,6 @@ def _train(node: Any, out: pathlib.Path, *, visited: bool) -> None:
         if shown:
             print(_line(row, settings.epochs), flush=True)
 
-    training, validation = (load_examples(s, visited=visited) for s in _SPLITS)
     rows = run(settings, training, validation, out, on_row=show)
     if shown:
         print(f"wrote {out / WEIGHTS} after {rows[-1]['step']} epochs")

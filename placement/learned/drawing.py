@@ -21,6 +21,7 @@ from cost_model.device import load_device
 from graphs.errors import MeshwrightError
 from graphs.zoo import ModelConfig, load_model_config, model_names
 from placement.learned.problems import (
+    COMPILED,
     HELD_OUT_DEVICES,
     HELD_OUT_FAMILIES,
     LARGEST_TRAINED,
@@ -35,7 +36,8 @@ _SLICES_2D = (2, 4, 8, 16, 32, 64)
 _SLICES_3D = (2, 4)
 _GPU_NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _TRAINED_DEVICES = ("v4", "v4_megacore", "v5e", "v5p", "v6e", "a100", "a100_40g", "h100", "h200")
-_SMALLEST, _LARGEST = 4, 16384
+_COMPILED_DEVICES = ("a100", "h100", "h200")
+_SMALLEST, _LARGEST, _LARGEST_COMPILED = 4, 16384, 32
 _HEADS = (8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
 _VOCABULARIES = (32000, 50304, 65024, 100352, 128256, 151936, 202048, 256000, 262144)
 _SEQUENCES = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -148,6 +150,8 @@ def _whole_periods(rng: np.random.Generator, config: ModelConfig, layers: int) -
 def _clusters(split: str) -> tuple[Cluster, ...]:
     """Every cluster that a split may use."""
     devices = HELD_OUT_DEVICES if split == "heldout_device" else _TRAINED_DEVICES
+    if split in COMPILED:
+        devices = _COMPILED_DEVICES
     notations: list[str] = []
     for name in devices:
         device = load_device(name)
@@ -166,6 +170,8 @@ def _clusters(split: str) -> tuple[Cluster, ...]:
         try:
             cluster = parse_cluster(text)
         except MeshwrightError:  # larger than the device's slices
+            continue
+        if split in COMPILED and cluster.n_devices > _LARGEST_COMPILED:
             continue
         large = cluster.n_devices > LARGEST_TRAINED
         if _SMALLEST <= cluster.n_devices <= _LARGEST and large == (split == "heldout_scale"):

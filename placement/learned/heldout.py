@@ -61,6 +61,7 @@ def evaluate(
     policies: Mapping[str, str | None] | None = None,
     document: str | None = None,
     again: Sequence[str] | None = None,
+    compiled: str | None = None,
 ) -> int:
     """Run what is missing, then write tables, pictures and, if asked for, the document.
 
@@ -80,11 +81,12 @@ def evaluate(
       policies: name -> weights file, for policies beside the shipped one.
       document: page to write.
       again: folders of later runs of a part of the suite, whose results the page adds.
+      compiled: folder of ``meshwright train_policy compiled=``, whose comparison the page adds.
 
     Returns:
       0.
     """
-    from placement.learned import heldout_page, heldout_report
+    from placement.learned import compiled_report, heldout_page, heldout_report
     from placement.learned.baselines import BASELINES
     from placement.learned.contenders import hurried_name
 
@@ -122,7 +124,9 @@ def evaluate(
     if document:
         later = {f: (_made_by(pathlib.Path(f)), load_rows(pathlib.Path(f))) for f in again or ()}
         page = pathlib.Path(document)
-        heldout_page.write_page(page, rows, f"{_COMMAND} {given}", folder, judge_id(), later)
+        section = compiled_report.section(compiled, page.parent) if compiled else ""
+        made_by = f"{_COMMAND} {given}"
+        heldout_page.write_page(page, rows, made_by, folder, judge_id(), later, section)
     return 0
 
 

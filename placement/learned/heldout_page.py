@@ -72,9 +72,11 @@ def write_page(
     results: pathlib.Path,
     judge: str,
     again: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]],
+    compiled: str = "",
 ) -> None:
     """Write the page; ``results`` holds the pictures, ``judge`` names the present cost model,
-    ``again`` maps folders of later runs to their command and rows."""
+    ``again`` maps folders of later runs to their command and rows, ``compiled`` is the section of
+    :mod:`placement.learned.compiled_report`."""
     runs = Runs(rows)
     axes = max(int(r["max_axes"]) for r in rows)
     parts = [
@@ -86,6 +88,7 @@ def write_page(
         _pictures(os.path.relpath(results, path.parent)),
         _targets(runs),
         *(_again(folder, by, found, judge) for folder, (by, found) in again.items()),
+        compiled,
         _failures(runs),
         _training_adds(runs),
         _tables(runs),
@@ -248,7 +251,7 @@ def _failures(runs: Runs) -> str:
         "taken on a machine busy with other programs, which makes processor time longer than on an "
         "idle one, for all optimizers; the bound prices hideable communication at nothing and ignores "
         "memory, so that most of the gap to it may not be real; meshes of three axes, plans judged by "
-        "the compiler, and fine-tuning on it are not part of this page.\n"
+        "the compiler of TPUs are not part of this page.\n"
     )
 
 

@@ -45,6 +45,9 @@ COUNTS = {
     "heldout_scale": 20,
 }
 SPLITS = tuple(COUNTS)
+COMPILED = {"compiled_train": 64, "compiled_validation": 16, "compiled_test": 24}
+"""Splits for :mod:`placement.learned.compiled_outcomes`: at most 32 GPUs, families and devices as in
+train, programs of their own."""
 HELD_OUT_FAMILIES = ("mla_moe", "encoder_decoder")
 HELD_OUT_DEVICES = ("tpu7x", "b200", "gb200")
 LARGEST_TRAINED = 4096
@@ -58,7 +61,7 @@ class PlanningProblem:
     name: str
     """Unique over all splits."""
     split: str
-    """One of SPLITS."""
+    """One of SPLITS or COMPILED."""
     family: str
     """dense | moe | mla_moe | encoder_decoder."""
     model: Mapping[str, Any]
@@ -88,8 +91,9 @@ class PlanningProblem:
 
 def load_split(name: str) -> list[PlanningProblem]:
     """The problems of a shipped split. MeshwrightError for an unknown one."""
-    if name not in SPLITS:
-        raise MeshwrightError(f"unknown split {name!r}; use one of {', '.join(SPLITS)}")
+    every = (*SPLITS, *COMPILED)
+    if name not in every:
+        raise MeshwrightError(f"unknown split {name!r}; use one of {', '.join(every)}")
     file = importlib.resources.files("placement.learned") / "splits" / f"{name}.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines()
     return [PlanningProblem(**json.loads(line)) for line in lines if line]
@@ -107,7 +111,7 @@ def generate(seed: int = SEED, counts: Mapping[str, int] | None = None) -> list[
 
     found: list[PlanningProblem] = []
     for split, count in (COUNTS if counts is None else counts).items():
-        rng = np.random.default_rng([seed, SPLITS.index(split)])
+        rng = np.random.default_rng([seed, (*SPLITS, *COMPILED).index(split)])
         found += [draw(rng, split, n) for n in range(count)]
     return found
 

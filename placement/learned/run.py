@@ -19,7 +19,14 @@ from graphs.errors import MeshwrightError
 from placement.learned.dataset import Example
 from placement.learned.distributed import Spread
 from placement.learned.policy import save_weights
-from placement.learned.train import TrainConfig, fingerprint, first_state, make_train, provenance
+from placement.learned.train import (
+    TrainConfig,
+    fingerprint,
+    first_state,
+    make_train,
+    provenance,
+    started,
+)
 from placement.training.checkpoint import Checkpoints, Position
 from placement.training.metrics import MetricsFile, read_metrics
 
@@ -46,6 +53,8 @@ def run(
     folder holds the checkpoints of another run.
     """
     out = pathlib.Path(out)
+    if config.start:
+        started(config.member(config.members - 1))  # refused before any is trained
     members, rows = [], []
     for number in range(config.members):
 

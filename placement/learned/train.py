@@ -26,6 +26,7 @@ from placement.learned.blinding import blinded
 from placement.learned.dataset import Arrays, Batch, Example, Masks, batches
 from placement.learned.distributed import Spread
 from placement.learned.network import PolicyNetwork
+from placement.learned.policy import load_policy
 from placement.learned.scoring import report
 
 for _kind in (Arrays, Masks, Batch, forward.Heads):
@@ -67,6 +68,11 @@ class TrainConfig:
     """Step of the dual ascent, per epoch and unit of violation."""
     average: float = 0.99
     """Decay of the averaged weights, which are what is shipped."""
+    start: str = ""
+    """Weights that training goes on from, a file or ``learned`` for those that ship; empty: the seed's
+    first ones."""
+    start_member: int = 0
+    """Which network of them."""
     train_share: float = 1.0
     """Share of the training problems used, the first ones."""
     edges: bool = True
@@ -77,14 +83,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("members", "hidden", "batch_size", "imitation_epochs", "draws", "passes"):
-            if getattr(self, name) < 1:
-                raise MeshwrightError(f"{name}={getattr(self, name)}; make it at least 1")
+            least = 0 if name == "imitation_epochs" and self.start else 1
+            if getattr(self, name) < least:
+                raise MeshwrightError(f"{name}={getattr(self, name)}; make it at least {least}")
         if not 0.0 < self.train_share <= 1.0:
             raise MeshwrightError(f"train_share={self.train_share}; give a share above 0, up to 1")
 
     def member(self, number: int) -> TrainConfig:
         """The configuration of one network."""
-        return dataclasses.replace(self, seed=self.seed + 1000 * number, members=1)
+        return dataclasses.replace(
+            self, seed=self.seed + 1000 * number, members=1, start_member=number
+        )
 
     @property
     def epochs(self) -> int:
@@ -125,6 +134,8 @@ def make_train(config: TrainConfig):
 def first_state(config: TrainConfig) -> dict[str, Any]:
     """Parameters, their average, the optimizer's state and the multiplier, before any epoch."""
     params = PolicyNetwork(config.hidden, seed=config.seed).params()
+    if config.start:
+        params = jax.tree.map(jnp.asarray, started(config))
     return {
         "params": params,
         "average": params,
@@ -133,12 +144,30 @@ def first_state(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def started(config: TrainConfig) -> dict[str, np.ndarray]:
+    """The weights of ``config.start_member`` of ``config.start``. MeshwrightError where there are no
+    such networks."""
+    members = load_policy(config.start).members
+    if config.start_member >= len(members):
+        raise MeshwrightError(
+            f"members={config.start_member + 1}, but {config.start} holds {len(members)} networks; "
+            "train as many"
+        )
+    found = members[config.start_member]
+    if forward.hidden_of(found) != config.hidden:
+        raise MeshwrightError(
+            f"hidden={config.hidden}, but {config.start} holds networks of width "
+            f"{forward.hidden_of(found)}; give that"
+        )
+    return dict(found)
+
+
 def _optimizer(config: TrainConfig, updates: int) -> optax.GradientTransformation:
     """updates: of one epoch of imitation."""
-    total = max(1, updates * config.imitation_epochs)
+    total = updates * config.imitation_epochs
     rate = optax.join_schedules(
         [
-            optax.cosine_decay_schedule(config.learning_rate, total, alpha=0.1),
+            optax.cosine_decay_schedule(config.learning_rate, max(1, total), alpha=0.1),
             optax.constant_schedule(config.reinforcement_rate),
         ],
         [total],

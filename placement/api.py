@@ -34,8 +34,12 @@ def optimize(
     throw: bool = True,
     strict: bool = False,
     max_axes: int = 2,
+    checkpoint_policy: str | None = None,
 ):
     """Plan a train step on a cluster.
+
+    A step with an argument ``checkpoint_policy`` leaves it to the plan which of
+    :data:`placement.checkpointing.POLICIES` its ``jax.checkpoint`` follows.
 
     Args:
       train_step: any JAX function.
@@ -56,10 +60,69 @@ def optimize(
         memory, with the reason in ``status``.
       strict: raise for primitives without a sharding rule instead of keeping them whole.
       max_axes: most mesh axes searched where the mesh is free.
+      checkpoint_policy: pins the policy of a step that takes one.
 
     Raises:
       MeshwrightError: for arguments that cannot be planned, in one sentence.
     """
+    from placement import checkpointing
+
+    start = time.monotonic()
+    if not time_limit_s > 0:
+        raise MeshwrightError(f"time_limit_s is {time_limit_s}; give a positive number of seconds")
+    options: dict[str, Any] = dict(
+        cluster=cluster,
+        objective=objective,
+        optimizer=optimizer,
+        donate_argnums=donate_argnums,
+        max_evaluations=max_evaluations,
+        seed=seed,
+        strict=strict,
+        max_axes=max_axes,
+    )
+
+    def plan_with(policy: str, shape: Mapping[str, int] | None, seconds: float):
+        step = checkpointing.with_policy(train_step, policy)
+        plan = _plan(step, abstract_args, mesh_shape=shape, time_limit_s=seconds, **options)
+        return dataclasses.replace(plan, checkpoint_policy=policy)
+
+    if checkpointing.takes_policy(train_step):
+        plan = checkpointing.plan_policies(
+            plan_with,
+            pinned=checkpoint_policy,
+            objective=objective,
+            mesh_shape=mesh_shape,
+            start=start,
+            time_limit_s=time_limit_s,
+        )
+    elif checkpoint_policy is not None:
+        raise MeshwrightError(
+            f"checkpoint_policy={checkpoint_policy} is given, but the step has no argument "
+            f"{checkpointing.ARGUMENT}; add one and hand it to jax.checkpoint, or leave it out"
+        )
+    else:
+        plan = plan_with("", mesh_shape, time_limit_s)
+    if throw:
+        plan.raise_if_infeasible()
+    return plan
+
+
+def _plan(
+    train_step: Callable,
+    abstract_args: Sequence[Any],
+    *,
+    cluster: str,
+    objective: str,
+    optimizer: str,
+    mesh_shape: Mapping[str, int] | None,
+    donate_argnums: Sequence[int],
+    time_limit_s: float,
+    max_evaluations: int | None,
+    seed: int,
+    strict: bool,
+    max_axes: int,
+):
+    """The plan of one program, feasible or not."""
     from cost_model.cluster import parse_cluster
     from graphs.groups import group
     from graphs.rules.manual import user_mesh
@@ -84,8 +147,6 @@ def optimize(
         raise MeshwrightError(
             f"unknown optimizer {optimizer!r}; use one of {', '.join(optimizers())}"
         )
-    if not time_limit_s > 0:
-        raise MeshwrightError(f"time_limit_s is {time_limit_s}; give a positive number of seconds")
     parsed = parse_cluster(cluster)
     if mesh_shape is not None:
         _layouts(parsed, mesh_shape, max_axes)  # refuse it before tracing
@@ -107,8 +168,6 @@ def optimize(
     search.run()
     plan = search.plan(train_step, abstract_args, donated, start)
     plan = dataclasses.replace(plan, warnings=(*notes, *plan.warnings))
-    if throw:
-        plan.raise_if_infeasible()
     return plan
 
 

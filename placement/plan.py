@@ -83,6 +83,9 @@ class Plan:
     """(time_s, live bytes of a device from then on)."""
     program: dict[str, Any] = dataclasses.field(default_factory=dict)
     """How the train step is built (``optimize_model``): remat, microbatches, batch; else empty."""
+    checkpoint_policy: str = ""
+    """What the step's ``checkpoint_policy`` argument is given (:mod:`placement.checkpointing`); empty
+    where it has none."""
     trees: Any = dataclasses.field(default=None, compare=False, repr=False)
     """(argument tree, result tree) definitions; None after loading until :meth:`bind`."""
     assignment: Any = dataclasses.field(default=None, compare=False, repr=False)
@@ -153,7 +156,9 @@ class Plan:
         import jax
 
         from graphs.trace import trace
+        from placement.checkpointing import with_policy
 
+        fn = with_policy(fn, self.checkpoint_policy)
         donated = tuple(n for n in self.donate_argnums if n < len(args))
         graph = trace(fn, *args, donate_argnums=donated)
         self.check_inputs(graph)
@@ -189,7 +194,9 @@ class Plan:
         """
         from graphs.trace import graph_of_jaxpr
         from placement.apply import Constraints, apply
+        from placement.checkpointing import with_policy
 
+        fn = with_policy(fn, self.checkpoint_policy)
         names = {leaf.name: None for leaf in self.inputs}
 
         def check(closed) -> None:

@@ -20,15 +20,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any
 
 from graphs.errors import InfeasibleError, MeshwrightError
+from placement.trials import Trials, best_meshes, fits
 
 REMAT = ("full", "attention", "dots", "none")
 """Policies of the zoo's train steps, least memory first."""
 MICROBATCHES = (1, 2, 4, 8, 16)
-_MESHES = 2
 _ADVISED = 5
 """Combinations tried on the policy's advice."""
 
@@ -90,30 +89,22 @@ def optimize_model(
 
         plan = staged_plan(config, choice, cluster=cluster, **fixed)
         return dataclasses.replace(plan, planning_time_s=time.monotonic() - start)
-    trial = _Trials(
+    trial = _Models(
         config=config,
         fixed=fixed,
         cluster=cluster,
         options=options,
-        deadline=start + time_limit_s,
+        trials=Trials(deadline=start + time_limit_s, objective=options.get("objective", "time")),
     )
     policies = (remat,) if remat else REMAT
     if not (options.get("optimizer") == "learned" and trial.as_advised(policies, counts)):
         trial.by_hand(policies, counts)
-    best = trial.best()
-    if not _fits(best) and choice is not None and (would := choice.what_would_fit()):
+    best = trial.trials.best()
+    if not fits(best) and choice is not None and (would := choice.what_would_fit()):
         best = dataclasses.replace(best, status=f"{best.status}; by the job model {would}")
-    if throw and not _fits(best):
+    if throw and not fits(best):
         raise InfeasibleError(best.status)
-    bound = min(p.lower_bound_s for p in trial.plans)
-    return dataclasses.replace(
-        best,
-        lower_bound_s=bound,
-        reasons=(*best.reasons, *_gap(best, bound)),
-        planning_time_s=time.monotonic() - start,
-        evaluations=sum(p.evaluations for p in trial.plans),
-        alternatives=trial.alternatives(),
-    )
+    return trial.trials.together(best, start)
 
 
 def build(plan, model: Any):
@@ -170,37 +161,15 @@ def _choice(config, cluster, fixed, remat, microbatches, stages, options):
         raise
 
 
-def _gap(plan, bound: float) -> tuple[str, ...]:
-    if not _fits(plan):
-        return ()
-    if bound <= 0:
-        return ("the search was cut short, so that there is no bound of all programs and meshes.",)
-    above = plan.estimate.step_time_s / bound - 1
-    return (f"at most {above:.1%} above the bound of all programs and meshes searched.",)
-
-
-def _fits(plan) -> bool:
-    return plan.status in ("feasible", "time_limit")
-
-
-def _best_meshes(plan) -> list[dict[str, int]]:
-    found: list[dict[str, int]] = []
-    for other in ({"mesh_shape": plan.mesh_shape}, *plan.alternatives):
-        if other["mesh_shape"] not in found:
-            found.append(other["mesh_shape"])
-    return found[:_MESHES]
-
-
 @dataclasses.dataclass(kw_only=True)
-class _Trials:
+class _Models:
     """Plans of one model under different build options."""
 
     config: Any
     fixed: dict[str, Any]
     cluster: str
     options: dict[str, Any]
-    deadline: float
-    plans: list[Any] = dataclasses.field(default_factory=list)
+    trials: Trials
 
     def plan(self, remat: str, count: int, *, share: float, mesh_shape=None):
         from graphs.zoo import build_train_step
@@ -208,7 +177,6 @@ class _Trials:
 
         program = dict(self.fixed, remat=remat, microbatches=count)
         step, args, donated = build_train_step(self.config, **program)
-        left = max(0.1, self.deadline - time.monotonic())
         options = dict(self.options)
         if mesh_shape is not None:
             options["mesh_shape"] = mesh_shape
@@ -217,25 +185,24 @@ class _Trials:
             *args,
             cluster=self.cluster,
             donate_argnums=donated,
-            time_limit_s=share * left,
+            time_limit_s=self.trials.slice(share),
             throw=False,
             **options,
         )
-        plan = dataclasses.replace(plan, program=program)
-        self.plans.append(plan)
-        return plan
+        label = f"remat {remat}, {count} microbatches"
+        return self.trials.add(label, dataclasses.replace(plan, program=program))
 
     def by_hand(self, policies, counts) -> None:
         """Least memory first, then lighter rematerialisation on the best meshes."""
         for count in counts:
             plan = self.plan(policies[0], count, share=0.5)
-            if _fits(plan):
+            if fits(plan):
                 break
-        meshes = _best_meshes(plan) if self.options.get("mesh_shape") is None else [None]
-        if _fits(plan):
+        meshes = best_meshes(plan) if self.options.get("mesh_shape") is None else [None]
+        if fits(plan):
             for policy in policies[1:]:
                 for shape in meshes:
-                    if time.monotonic() < self.deadline:
+                    if not self.trials.over():
                         self.plan(policy, count, share=0.2, mesh_shape=shape)
 
     def as_advised(self, policies, counts) -> bool:
@@ -254,34 +221,13 @@ class _Trials:
             self.options.get("max_axes", 2),
         )  # fmt: skip
         for n, variant in enumerate(advised[:_ADVISED]):
-            known = self.best().mesh_shape if self.plans else None
+            known = self.trials.best().mesh_shape if self.trials.plans else None
             shapes = [variant.mesh_shape]
             if known not in shapes and known is not None:
                 shapes.append(known)
             for shape in shapes if n else [None]:  # the first on all meshes
-                if self.plans and time.monotonic() >= self.deadline:
+                if self.trials.plans and self.trials.over():
                     break
                 share = 0.2 if n else 0.5
                 self.plan(variant.remat, variant.microbatches, share=share, mesh_shape=shape)
-        return any(map(_fits, self.plans))
-
-    def best(self):
-        score: Callable = lambda p: (  # noqa: E731
-            not _fits(p),
-            p.estimate.step_time_s if _fits(p) else p.estimate.peak_memory_bytes,
-        )
-        return min(self.plans, key=score)
-
-    def alternatives(self) -> tuple[dict[str, Any], ...]:
-        rows = [
-            {
-                "mesh_shape": p.mesh_shape,
-                "optimizer": f"{p.optimizer}, remat {p.program['remat']}, "
-                f"{p.program['microbatches']} microbatches",
-                "step_time_s": p.estimate.step_time_s,
-                "memory_bytes": p.estimate.peak_memory_bytes,
-                "fits": _fits(p),
-            }
-            for p in self.plans
-        ]
-        return tuple(sorted(rows, key=lambda r: (not r["fits"], r["step_time_s"])))
+        return any(map(fits, self.trials.plans))

@@ -23,6 +23,7 @@ import time
 from typing import Any
 
 from graphs.errors import InfeasibleError, MeshwrightError
+from placement.mesh_search import MEMORY_RESERVE
 from placement.trials import Trials, best_meshes, fits
 
 REMAT = ("full", "attention", "dots", "none")
@@ -171,11 +172,14 @@ class _Models:
     options: dict[str, Any]
     trials: Trials
 
-    def plan(self, remat: str, count: int, *, share: float, mesh_shape=None):
+    def plan(self, remat: str, count: int, *, share: float, mesh_shape=None, layers: float = 1.0):
+        """Plan one program; ``layers`` is the share of them that remat applies to."""
         from graphs.zoo import build_train_step
         from placement.api import optimize
 
         program = dict(self.fixed, remat=remat, microbatches=count)
+        if layers < 1.0:
+            program["remat_layers"] = layers
         step, args, donated = build_train_step(self.config, **program)
         options = dict(self.options)
         if mesh_shape is not None:
@@ -189,7 +193,7 @@ class _Models:
             throw=False,
             **options,
         )
-        label = f"remat {remat}, {count} microbatches"
+        label = f"remat {remat}{_of_layers(layers)}, {count} microbatches"
         return self.trials.add(label, dataclasses.replace(plan, program=program))
 
     def by_hand(self, policies, counts) -> None:
@@ -204,6 +208,36 @@ class _Models:
                 for shape in meshes:
                     if not self.trials.over():
                         self.plan(policy, count, share=0.2, mesh_shape=shape)
+
+        self.of_some_layers(policies, count)
+
+    def of_some_layers(self, policies, count: int) -> None:
+        """Where full rematerialisation fits and saving every layer's matmuls does not: of the least
+        share of layers that fits if memory grows evenly with the others."""
+        from graphs.zoo.options import REMAT_SHARES
+
+        plans = {p.program["remat"]: p for p in reversed(self.trials.plans)}
+        if len(policies) == 1 or not {"full", "dots"} <= set(plans):
+            return
+        full, dots = plans["full"], plans["dots"]
+        if not fits(full) or fits(dots):
+            return
+        low, high = (p.estimate.peak_memory_bytes for p in (full, dots))
+        room = full.layout().cluster.device.hbm_available_bytes * (1.0 - MEMORY_RESERVE)
+        shares = [s for s in REMAT_SHARES[:-1] if s * low + (1.0 - s) * high <= room]
+        if shares and not self.trials.over() and self._divides(shares[0]):
+            pinned = self.options.get("mesh_shape")
+            shape = None if pinned else self.trials.best().mesh_shape
+            self.plan("full", count, share=0.2, mesh_shape=shape, layers=shares[0])
+
+    def _divides(self, share: float) -> bool:
+        """Whether the repeated layers of every kind can be divided so."""
+        from graphs.zoo.options import layers_of_share
+
+        by, config = layers_of_share(share), self.config
+        repeats = [s.repeats for s in config.segments()]
+        repeats += [config.encoder_layers] if config.encoder_layers else []
+        return "remat_layers" not in self.fixed and all(n % by == 0 for n in repeats)
 
     def as_advised(self, policies, counts) -> bool:
         """The combinations that the trained policy prefers: the first on all meshes, the others on
@@ -231,3 +265,7 @@ class _Models:
                 share = 0.2 if n else 0.5
                 self.plan(variant.remat, variant.microbatches, share=share, mesh_shape=shape)
         return any(map(fits, self.trials.plans))
+
+
+def _of_layers(share: float) -> str:
+    return "" if share == 1.0 else f" of {share:.0%} of the layers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 
 import numpy as np
 
@@ -10,10 +11,16 @@ from graphs.errors import MeshwrightError
 from graphs.zoo.ring import CONTEXT, sequence_order
 
 REMATS = ("none", "dots", "attention", "full")
+REMAT_SHARES = (0.25, 0.5, 0.75, 1.0)
 ATTENTION_FORMS = ("auto", "naive", "chunked", "ring")
 MOE_FORMS = ("capacity", "dropless")
 
 CHUNKED_FROM_SEQ_LEN = 4096
+
+
+def layers_of_share(share: float) -> int:
+    """Consecutive layers of which a share of REMAT_SHARES is a whole number."""
+    return Fraction(share).denominator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +30,9 @@ class RunOptions:
     remat: str = "full"
     """Per layer: none | dots (save matmuls without batch dimensions) | attention (recompute the
     attention core only) | full (save only the layer's input)."""
+    remat_layers: float = 1.0
+    """Share of the layers that do so, one of REMAT_SHARES: of four (two) consecutive ones the first so
+    many. The others save their matmuls, as under dots; below 1 remat is full."""
     scan: bool = True
     """Layers as lax.scan over stacked weights instead of unrolled."""
     attention: str = "auto"
@@ -59,6 +69,16 @@ class RunOptions:
                     f"train step option {field}={getattr(self, field)!r} is unknown; "
                     f"choose one of {', '.join(allowed)}"
                 )
+        if self.remat_layers not in REMAT_SHARES:
+            raise MeshwrightError(
+                f"train step option remat_layers={self.remat_layers} is no share that layers are "
+                f"divided by; choose one of {', '.join(map(str, REMAT_SHARES))}"
+            )
+        if self.remat_layers < 1.0 and self.remat != "full":
+            raise MeshwrightError(
+                f"train step option remat_layers={self.remat_layers} goes with remat=full, not with "
+                f"{self.remat}; change one of them"
+            )
         if self.attention == "ring" and dict(self.mesh_shape).get(CONTEXT, 1) < 2:
             raise MeshwrightError(
                 f"attention=ring goes round a mesh axis {CONTEXT!r} of at least 2 devices, this mesh "
@@ -69,6 +89,13 @@ class RunOptions:
                 f"train step options query_chunk={self.query_chunk} and "
                 f"loss_chunks={self.loss_chunks} must be at least 1"
             )
+
+    def remat_of(self, layer: int) -> RunOptions:
+        """The options of the layer at this place: beside a share of layers others save matmuls."""
+        period = layers_of_share(self.remat_layers)
+        if layer % period < self.remat_layers * period:
+            return self
+        return dataclasses.replace(self, remat="dots", remat_layers=1.0)
 
     def order(self, seq_len: int) -> np.ndarray | None:
         """int32 [S]: the position in the sequence of each slot of the program; None where slots are

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-from graphs.zoo.options import RunOptions
+from graphs.errors import MeshwrightError
+from graphs.zoo.options import RunOptions, layers_of_share
 
 
 def run_layer(layer: nnx.Module, options: RunOptions, x: jax.Array, *args) -> jax.Array:
@@ -36,6 +37,12 @@ class LayerStack(nnx.Module):
         rematerialise: bool = True,
         rngs: nnx.Rngs,
     ) -> None:
+        together = layers_of_share(options.remat_layers)
+        if repeats % together:
+            raise MeshwrightError(
+                f"remat_layers={options.remat_layers} counts by {together} layers, and {repeats} are "
+                "repeated; give a share that divides them"
+            )
         self.options, self.repeats, self.rematerialise = options, repeats, rematerialise
         self.scan = options.scan and repeats > 1
         if self.scan:
@@ -49,20 +56,33 @@ class LayerStack(nnx.Module):
         if not self.scan:
             for i in range(self.repeats):
                 layer = getattr(self, f"layer_{i:03d}")
-                x = (
-                    run_layer(layer, self.options, x, *args)
-                    if self.rematerialise
-                    else layer(x, *args)
-                )
+                x = self._run(layer, self.options.remat_of(i), x, *args)
             return x
         graphdef, state = nnx.split(self.layer)
+        together = layers_of_share(self.options.remat_layers)
+        if together > 1:
+            state = jax.tree.map(
+                lambda w: w.reshape(self.repeats // together, together, *w.shape[1:]), state
+            )
 
         def body(x, params):
-            return nnx.merge(graphdef, params)(x, *args), None
+            if together == 1:
+                return nnx.merge(graphdef, params)(x, *args), None
+            for i in range(together):
+                layer = nnx.merge(graphdef, jax.tree.map(lambda w, i=i: w[i], params))
+                x = self._run(layer, self.options.remat_of(i), x, *args)
+            return x, None
 
-        if self.rematerialise:
+        if self.rematerialise and together == 1:
             body = _checkpoint(body, self.options, prevent_cse=False)
         return jax.lax.scan(body, x, state)[0]
+
+    def _run(self, layer: nnx.Module, options: RunOptions, x: jax.Array, *args) -> jax.Array:
+        """One of them, which may rematerialise its own layers."""
+        if self.rematerialise:
+            return run_layer(layer, options, x, *args)
+        layer.options = options
+        return layer(x, *args)
 
 
 def _checkpoint(body: Callable, options: RunOptions, *, prevent_cse: bool) -> Callable:

@@ -36,6 +36,7 @@ def build_train_step(
     optimizer: str = "adamw",
     microbatches: int = 1,
     remat: str = "full",
+    remat_layers: float = 1.0,
     scan: bool = True,
     attention: str = "auto",
     query_chunk: int = 512,
@@ -60,6 +61,7 @@ def build_train_step(
     seq_len = config.seq_len if seq_len is None else seq_len
     options = RunOptions(
         remat=remat,
+        remat_layers=remat_layers,
         scan=scan,
         attention=attention,
         query_chunk=query_chunk,

@@ -11,23 +11,46 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from cost_model.jobs.columns import GATHERED, RING, SCHEDULES, Jobs
 
-REMAT = {
-    # name: what is computed again, and the share of the kept activations that goes to the host
-    "none": ((), 0.0),
-    "pointwise": (("pointwise",), 0.0),
-    "mlp": (("up", "pointwise"), 0.0),
-    "attention": (("core", "qkv", "pointwise"), 0.0),
-    "full": (("core", "qkv", "out", "up", "down", "pointwise"), 0.0),
-    "none, offloaded": ((), 1.0),
-    "mlp, rest offloaded": (("up", "pointwise"), 1.0),
-    "full, offloaded": (("core", "qkv", "out", "up", "down", "pointwise"), 1.0),
+_ATTENTION = ("core", "qkv", "pointwise")
+_FULL = ("core", "qkv", "out", "up", "down", "pointwise")
+
+
+class Remat(NamedTuple):
+    """A rematerialisation policy."""
+
+    parts: tuple[str, ...]
+    """Parts of a layer that are computed again."""
+    offload: float = 0.0
+    """Share of the kept activations that goes to the host."""
+    layers: float = 1.0
+    """Share of a stage's layers that do so, rounded up to whole ones; the others keep all."""
+
+
+_WHOLE = {
+    "none": Remat(()),
+    "pointwise": Remat(("pointwise",)),
+    "mlp": Remat(("up", "pointwise")),
+    "attention": Remat(_ATTENTION),
+    "full": Remat(_FULL),
+    "none, offloaded": Remat((), 1.0),
+    "mlp, rest offloaded": Remat(("up", "pointwise"), 1.0),
+    "full, offloaded": Remat(_FULL, 1.0),
 }
-"""Rematerialisation policies, least recomputation first."""
+_SHARES = {"a quarter": 0.25, "half": 0.5, "three quarters": 0.75}
+PARTIAL = {
+    f"{name}, {words} of the layers": Remat(_WHOLE[name].parts, 0.0, share)
+    for name in ("mlp", "attention", "full")
+    for words, share in _SHARES.items()
+}
+"""Policies of a part of the layers."""
+REMAT = _WHOLE | PARTIAL
+"""All policies by name; of whole layers first, least recomputation first."""
 _PARTS = ("core", "qkv", "out", "up", "down", "pointwise")
 _MAX_TENSOR, _MAX_CONTEXT, _MAX_CHUNKS = 64, 64, 16
 _MAX_MICRO = 64.0
@@ -107,7 +130,7 @@ def groups(job: Jobs) -> Groups:
 
 def members(job: Jobs, chosen: Groups, remat: str) -> Jobs:
     """The jobs of these groups with one rematerialisation policy."""
-    redone, offload = REMAT[remat]
+    redone, offload, share = REMAT[remat]
     base = job.take(np.zeros(chosen.n_groups, int))
     # XLA and PyTorch leave out a recomputed layer's last matmul where the job's own software does
     skips = float(job.caching_allocator[0] == 0 or job.skips_last[0] > 0)
@@ -116,6 +139,9 @@ def members(job: Jobs, chosen: Groups, remat: str) -> Jobs:
         shares["remat_down"] = 0.0
     if not job.fused_attention[0] and not redone:
         shares["remat_core"] = 0.0
+    if share < 1.0:
+        own = np.ceil((base.n_layers - base.entry_layers) / (chosen.pp * chosen.vpp))
+        shares = {name: x * np.ceil(own * share) / own for name, x in shares.items()}
     return base.replace(
         tp=chosen.tp,
         cp=chosen.cp,

@@ -7,6 +7,7 @@ compiler overlap across them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
@@ -77,7 +78,7 @@ class LayerStack(nnx.Module):
             body = _checkpoint(body, self.options, prevent_cse=False)
         return jax.lax.scan(body, x, state)[0]
 
-    def _run(self, layer: nnx.Module, options: RunOptions, x: jax.Array, *args) -> jax.Array:
+    def _run(self, layer: Any, options: RunOptions, x: jax.Array, *args) -> jax.Array:
         """One of them, which may rematerialise its own layers."""
         if self.rematerialise:
             return run_layer(layer, options, x, *args)

@@ -1,5 +1,7 @@
 """Plans for H100 clusters compiled by XLA:GPU: do they fit, and are their collectives as predicted?
 
+Step times are those of the compiler's schedule, whose kernels :mod:`placement.schedule` times itself.
+
     python benchmarks/gpu.py [case ...] [--out benchmarks/results/gpu] [--redo]
 
 Each row is written as soon as it is known, so a stopped run goes on where it was. XLA:GPU compiles
@@ -61,6 +63,8 @@ def run(name: str, case: dict[str, Any]) -> dict[str, Any]:
         "plan_status": plan.status,
         "status": seen.status,
         "fits": seen.fits,
+        "step_time_s": seen.step_time_s,
+        "predicted_step_time_s": seen.predicted_step_time_s,
         "peak_bytes": seen.peak_bytes,
         "predicted_peak_bytes": seen.predicted_peak_bytes,
         "full_rematerializations": len(seen.full_rematerializations),
@@ -108,6 +112,7 @@ def main(argv: list[str]) -> int:
         write_atomically(place, json.dumps(row, indent=1).encode())
         print(
             f"{name:18} {row['mesh_shape']:24} {row['status']} fits={row['fits']} "
+            f"{row['step_time_s']:.3g} s (predicted {row['predicted_step_time_s']:.3g}), "
             f"{row['peak_bytes'] / 2**30:.1f} GiB (predicted "
             f"{row['predicted_peak_bytes'] / 2**30:.1f}), rematerialised "
             f"{row['full_rematerializations']}, bytes by kind within "

@@ -33,7 +33,7 @@ from placement.learned.problems import PlanningProblem, load_split
 from placement.learned.scoring import cautious, ranking
 
 JUDGED = ("compiled_validation", "compiled_test")
-BUDGETS = (1, 24)
+BUDGETS = (1, 12)
 """Evaluations of the searches whose plans are compiled."""
 _RESAMPLES = 2000
 
@@ -85,24 +85,35 @@ def _said(policy: Policy, arrays: Any, index: np.ndarray) -> tuple[np.ndarray, n
 
 
 def judge_plans(
-    folder: pathlib.Path, problem: PlanningProblem, name: str, policy: Policy
-) -> list[dict[str, Any]]:
-    """The plans that the search ends with under a policy, compiled; recorded ones are kept."""
+    folder: pathlib.Path, problem: PlanningProblem, policies: Mapping[str, Policy]
+) -> dict[str, list[dict[str, Any]]]:
+    """The plans that the search ends with under each policy, compiled; recorded ones are kept.
+
+    Equal plans are compiled once.
+    """
     from placement.learned.instance import Instance
     from placement.learned.search import plan_instance
 
-    path = folder / "plans" / f"{problem.name}.{name}.json"
+    path = folder / "plans" / f"{problem.name}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    instance, rows = Instance(problem), []
-    for budget in BUDGETS:
-        found = plan_instance(instance, max_evaluations=budget, time_limit_s=np.inf, policy=policy)
-        row: dict[str, Any] = {"evaluations": budget, "status": "nothing fits"}
-        if found.outcome is not None and found.outer is not None:
-            index = instance.outers.index(found.outer)
-            made = compiled_outcomes.compile_candidate(instance, index, found.outcome)
-            row |= dataclasses.asdict(made)
-        rows.append(row)
+    instance = Instance(problem)
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in policies}
+    made: dict[tuple[int, bytes], dict[str, Any]] = {}
+    for name, policy in policies.items():
+        for budget in BUDGETS:
+            found = plan_instance(
+                instance.fork(), max_evaluations=budget, time_limit_s=np.inf, policy=policy
+            )
+            row: dict[str, Any] = {"evaluations": budget, "status": "nothing fits"}
+            if found.outcome is not None and found.outer is not None:
+                index = instance.outers.index(found.outer)
+                key = (index, found.outcome.choices.tobytes())
+                if key not in made:
+                    one = compiled_outcomes.compile_candidate(instance, index, found.outcome)
+                    made[key] = dataclasses.asdict(one)
+                row |= made[key]
+            rows[name].append(row)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
     return rows
@@ -116,8 +127,8 @@ def plans(
     for problem in load_split(split):
         if not compiled_outcomes.path_of(folder, problem).exists():
             continue
-        before, after = (judge_plans(folder, problem, n, policies[n]) for n in ("before", "after"))
-        for a, b in zip(before, after, strict=True):
+        rows = judge_plans(folder, problem, policies)
+        for a, b in zip(rows["before"], rows["after"], strict=True):
             if a["status"] == b["status"] == "ok":
                 found[a["evaluations"]].append((a["compiled_s"], b["compiled_s"]))
     return found
@@ -144,6 +155,7 @@ def summarize(folder: pathlib.Path, policies: Mapping[str, Policy]) -> dict[str,
             "after_over_before": {
                 str(budget): {
                     "problems": len(found),
+                    "equal": sum(a == b for a, b in found),
                     "ratio": interval([b / a for a, b in found]) if found else None,
                     "faster": sum(b < a for a, b in found),
                     "slower": sum(b > a for a, b in found),

@@ -17,6 +17,7 @@ its interval); the test split says what that is worth. Means are geometric over 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -87,16 +88,19 @@ def _said(policy: Policy, arrays: Any, index: np.ndarray) -> tuple[np.ndarray, n
 def judge_plans(
     folder: pathlib.Path, problem: PlanningProblem, policies: Mapping[str, Policy]
 ) -> dict[str, list[dict[str, Any]]]:
-    """The plans that the search ends with under each policy, compiled; recorded ones are kept.
+    """The plans that the search ends with under each policy, compiled.
 
-    Equal plans are compiled once.
+    Equal plans are compiled once, and what is recorded of the same policies is kept.
     """
     from placement.learned.instance import Instance
     from placement.learned.search import plan_instance
 
     path = folder / "plans" / f"{problem.name}.json"
+    weights = {name: _fingerprint(policy) for name, policy in policies.items()}
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        if recorded["weights"] == weights:
+            return recorded["plans"]
     instance = Instance(problem)
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in policies}
     made: dict[tuple[int, bytes], dict[str, Any]] = {}
@@ -115,8 +119,18 @@ def judge_plans(
                 row |= made[key]
             rows[name].append(row)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
+    text = json.dumps({"weights": weights, "plans": rows}, indent=1) + "\n"
+    write_atomically(path, text.encode())
     return rows
+
+
+def _fingerprint(policy: Policy) -> str:
+    """Of the weights."""
+    digest = hashlib.sha256()
+    for member in policy.members:
+        for name in sorted(member):
+            digest.update(np.ascontiguousarray(member[name]).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def plans(

@@ -72,7 +72,7 @@ def _on_schedules(config: Any, folder: pathlib.Path, out: pathlib.Path) -> int:
     _fit(config.policy, out, *examples)
     start = str(config.policy.start) or "learned"
     policies = {"before": load_policy(start), "after": load_policy(str(out / WEIGHTS))}
-    for line in compiled_report.lines(compiled_report.write(folder, policies)):
+    for line in compiled_report.lines(compiled_report.write(folder, policies, config.judged)):
         print(line)
     return 0
 

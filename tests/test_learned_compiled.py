@@ -13,9 +13,9 @@ from test_learned_train import SMALL, example
 
 from cost_model.cluster import parse_cluster
 from graphs.errors import MeshwrightError
-from placement.learned import compiled_outcomes, compiled_report
+from placement.learned import compiled_outcomes, compiled_report, forward
 from placement.learned.compiled_outcomes import CompiledOutcome, chosen, load_examples, path_of
-from placement.learned.policy import load_policy
+from placement.learned.policy import load_policy, save_weights
 from placement.learned.problems import COMPILED, SPLITS, load_split
 from placement.learned.run import WEIGHTS, run
 from placement.learned.train import TrainConfig
@@ -99,9 +99,8 @@ def test_nothing_recorded_is_one_sentence(tmp_path, one_problem):
 
 def test_a_second_stage_goes_on_from_the_weights_it_is_given(tmp_path):
     problems = [example(s) for s in range(8)], [example(s) for s in range(100, 104)]
-    first = dataclasses.replace(SMALL, imitation_epochs=1, reinforcement_epochs=0)
-    run(first, *problems, tmp_path / "first")
     start = str(tmp_path / "first" / WEIGHTS)
+    save_weights(tmp_path / "first" / WEIGHTS, [forward.initial(SMALL.hidden, 3)], {})
     still = dataclasses.replace(
         SMALL, start=start, imitation_epochs=0, reinforcement_epochs=1, reinforcement_rate=0.0
     )

@@ -9,8 +9,8 @@ the second stage (*after*):
 * Which plan does the learned search end with under each policy, after one evaluation and after more,
   and how fast is it in the compiler's schedule. These plans are compiled for it.
 
-The stage is kept if the plans are faster on the validation split (geometric mean, below 1 by more than
-its interval); the test split says what that is worth. Means are geometric over problems; intervals are
+The stage is kept if the plans that the longer search ends with are faster on the validation split
+(geometric mean, below 1 by more than its interval); the test split says what that is worth. Means are geometric over problems; intervals are
 95 % bootstraps over problems.
 """
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -134,13 +135,13 @@ def _fingerprint(policy: Policy) -> str:
 
 
 def plans(
-    folder: pathlib.Path, split: str, policies: Mapping[str, Policy]
+    folder: pathlib.Path, split: str, policies: Mapping[str, Policy], count: int | None = None
 ) -> dict[int, list[tuple[float, float]]]:
-    """Evaluations -> (compiled seconds before, after) of each problem where both have a plan."""
+    """Evaluations -> (compiled seconds before, after) of each problem where both have a plan; of
+    the first ``count`` recorded problems."""
     found: dict[int, list[tuple[float, float]]] = {b: [] for b in BUDGETS}
-    for problem in load_split(split):
-        if not compiled_outcomes.path_of(folder, problem).exists():
-            continue
+    recorded = (p for p in load_split(split) if compiled_outcomes.path_of(folder, p).exists())
+    for problem in itertools.islice(recorded, count):
         rows = judge_plans(folder, problem, policies)
         for a, b in zip(rows["before"], rows["after"], strict=True):
             if a["status"] == b["status"] == "ok":
@@ -157,12 +158,14 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     return float(np.exp(logs.mean())), float(low), float(high)
 
 
-def summarize(folder: pathlib.Path, policies: Mapping[str, Policy]) -> dict[str, Any]:
+def summarize(
+    folder: pathlib.Path, policies: Mapping[str, Policy], count: int | None = None
+) -> dict[str, Any]:
     """What :func:`choices` and :func:`plans` find, and whether the stage is kept."""
     splits: dict[str, Any] = {}
     for split in JUDGED:
         chosen = choices(folder, split, policies)
-        pairs = plans(folder, split, policies)
+        pairs = plans(folder, split, policies, count)
         splits[split] = {
             "problems": len(next(iter(chosen.values()))),
             "over_the_fastest": {name: interval(ratios) for name, ratios in chosen.items()},
@@ -187,9 +190,14 @@ def summarize(folder: pathlib.Path, policies: Mapping[str, Policy]) -> dict[str,
     }
 
 
-def write(folder: pathlib.Path, policies: Mapping[str, Policy]) -> dict[str, Any]:
-    """Write ``compiler.json`` and ``compiler.png`` into the folder; the summary."""
-    summary = summarize(folder, policies)
+def write(
+    folder: pathlib.Path, policies: Mapping[str, Policy], count: int | None = None
+) -> dict[str, Any]:
+    """Write ``compiler.json`` and ``compiler.png`` into the folder; the summary.
+
+    ``count``: problems of each split whose plans are compiled, all that are recorded where None.
+    """
+    summary = summarize(folder, policies, count)
     write_atomically(folder / "compiler.json", (json.dumps(summary, indent=1) + "\n").encode())
     _draw(summary, folder / "compiler.png")
     return summary

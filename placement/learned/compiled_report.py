@@ -10,8 +10,8 @@ the second stage (*after*):
   and how fast is it in the compiler's schedule. These plans are compiled for it.
 
 The stage is kept if the plans that the longer search ends with are faster on the validation split
-(geometric mean, below 1 by more than its interval); the test split says what that is worth. Means are geometric over problems; intervals are
-95 % bootstraps over problems.
+(geometric mean, below 1 by more than its interval); the test split says what that is worth. Means are
+geometric over problems; intervals are 95 % bootstraps over problems.
 """
 
 from __future__ import annotations

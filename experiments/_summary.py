@@ -82,6 +82,8 @@ def plan_lines(plan: Any, title: str, cluster: Any, tokens: int | None) -> Itera
         f"{words.memory(capacity_bytes)} on each device "
         f"({words.share(estimate.peak_memory_bytes, capacity_bytes)})"
     )
+    if plan.checkpoint_policy:
+        yield f"  checkpoint  jax.checkpoint_policies.{plan.checkpoint_policy}"
     if plan.lower_bound_s:
         gap = estimate.step_time_s / plan.lower_bound_s - 1
         yield (

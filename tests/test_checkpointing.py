@@ -10,6 +10,7 @@ import pytest
 import placement
 from graphs.errors import MeshwrightError
 from placement.checkpointing import POLICIES, takes_policy, with_policy
+from placement.experiments.cli import main
 
 LAYERS = 8
 shape = jax.ShapeDtypeStruct
@@ -93,6 +94,23 @@ def test_the_objective_chooses_among_policies():
     leanest = plan_for(32, objective="memory")
     assert leanest.checkpoint_policy == "nothing_saveable"
     assert leanest.estimate.peak_memory_bytes < plan_for(32).estimate.peak_memory_bytes
+
+
+def test_the_command_line_says_the_policy(tmp_path, monkeypatch, capsys):
+    (tmp_path / "leaves_it.py").write_text(
+        "import jax\n"
+        "import jax.numpy as jnp\n\n\n"
+        "def step(w, x, checkpoint_policy=None):\n"
+        "    layer = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None), policy=checkpoint_policy)\n"
+        "    return w - jax.grad(lambda w: jnp.sum(jax.lax.scan(layer, x, w)[0]))(w)\n\n\n"
+        "def build():\n"
+        "    shape = jax.ShapeDtypeStruct\n"
+        "    return step, (shape((4, 256, 256), jnp.float32), shape((64, 256), jnp.float32)), (0,)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "module=leaves_it:build", "cluster=v5e:2x2", "out=plan.json"]) == 0
+    policy = placement.Plan.load("plan.json").checkpoint_policy
+    assert policy in POLICIES and f"jax.checkpoint_policies.{policy}" in capsys.readouterr().out
 
 
 def test_an_applied_plan_computes_the_same(tmp_path):

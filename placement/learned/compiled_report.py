@@ -186,6 +186,7 @@ def summarize(
     return {
         "kept": bool(ratio is not None and ratio[2] < 1.0),
         "trained_on": len(trained),
+        "judged": count,
         "splits": splits,
     }
 
@@ -239,13 +240,15 @@ def section(folder: str, page: pathlib.Path) -> str:
         plans.append(f"| {budget} evaluations | " + " | ".join(cells) + " |")
     problems = ", ".join(f"{s['problems']} of {name}" for name, s in splits.items())
     kept = "kept" if summary["kept"] else "not kept: the shipped weights are those before it"
+    judged = "" if summary["judged"] is None else f" judged={summary['judged']}"
     return f"""## Learning from the compiler
 
 A second stage goes on from the shipped weights with XLA's schedules as the reward: `meshwright
-train_policy policy=compiler compiled={folder} out=out/compiler`. XLA:GPU compiles candidates of
-{summary["trained_on"]} programs as far as its schedule; library products are timed by the device's
-formula, other kernels by the bytes they move, collectives by what it emitted. Judged on {problems},
-none of them learned from:
+train_policy policy=compiler compiled={folder}
+record=false{judged} out=out/compiler` (`record=true` compiles the rest of the splits first). XLA:GPU
+compiled candidates of {summary["trained_on"]} programs as far as its schedule; library products are
+timed by the device's formula, other kernels by the bytes they move, collectives by what it emitted.
+Judged on {problems}, none of them learned from:
 
 {chr(10).join(table)}
 

@@ -250,8 +250,8 @@ def _failures(runs: Runs) -> str:
         "counts as met by its mean even where the interval does not exclude the opposite; seconds were "
         "taken on a machine busy with other programs, which makes processor time longer than on an "
         "idle one, for all optimizers; the bound prices hideable communication at nothing and ignores "
-        "memory, so that most of the gap to it may not be real; meshes of three axes, plans judged by "
-        "the compiler of TPUs are not part of this page.\n"
+        "memory, so that most of the gap to it may not be real; meshes of three axes and plans judged "
+        "by XLA:TPU are not part of this page.\n"
     )
 
 

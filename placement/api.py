@@ -167,8 +167,7 @@ def _plan(
     )
     search.run()
     plan = search.plan(train_step, abstract_args, donated, start)
-    plan = dataclasses.replace(plan, warnings=(*notes, *plan.warnings))
-    return plan
+    return dataclasses.replace(plan, warnings=(*notes, *plan.warnings))
 
 
 def _layouts(cluster, mesh_shape, max_axes):

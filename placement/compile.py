@@ -335,6 +335,8 @@ def _rematerialized(stderr: str) -> list[str]:
 
 
 def _end_when_scheduled(child: Any, dump: pathlib.Path, deadline: float) -> None:
+    """Kill the child once its dump is whole. Nothing tells when, so the folder is looked at: the
+    compiler holds the interpreter's lock, and the child could not say so itself."""
     while child.poll() is None and time.monotonic() < deadline:
         if compile_schedule.scheduled(dump) is not None:
             child.kill()

@@ -35,6 +35,7 @@ def optimize(
     strict: bool = False,
     max_axes: int = 2,
     checkpoint_policy: str | None = None,
+    pin_operands: bool | None = None,
 ):
     """Plan a train step on a cluster.
 
@@ -61,6 +62,8 @@ def optimize(
       strict: raise for primitives without a sharding rule instead of keeping them whole.
       max_axes: most mesh axes searched where the mesh is free.
       checkpoint_policy: pins the policy of a step that takes one.
+      pin_operands: constrain what every operation reads, so that the compiled program is the one that
+        was scored. None does so except for hand-tuned rules, which leave it to XLA's propagation.
 
     Raises:
       MeshwrightError: for arguments that cannot be planned, in one sentence.
@@ -79,6 +82,7 @@ def optimize(
         seed=seed,
         strict=strict,
         max_axes=max_axes,
+        pin_operands=pin_operands,
     )
 
     def plan_with(policy: str, shape: Mapping[str, int] | None, seconds: float):
@@ -121,6 +125,7 @@ def _plan(
     seed: int,
     strict: bool,
     max_axes: int,
+    pin_operands: bool | None,
 ):
     """The plan of one program, feasible or not."""
     from cost_model.cluster import parse_cluster
@@ -164,6 +169,7 @@ def _plan(
         max_evaluations=max_evaluations,
         seed=seed,
         policy=policy,
+        pin_operands=pin_operands,
     )
     search.run()
     plan = search.plan(train_step, abstract_args, donated, start)

@@ -48,15 +48,21 @@ class MeshSearch:
         max_evaluations,
         seed,
         policy,
+        pin_operands=None,
     ) -> None:
-        """``deadline`` (time.monotonic()) ends the search, or ``grace_s`` later if nothing fits."""
+        """``deadline`` (time.monotonic()) ends the search, or ``grace_s`` later if nothing fits.
+
+        ``pin_operands``: whether plans constrain what operations read; None as the optimizer does.
+        """
         from graphs.fold import fold
+        from placement.optimizers import HAND_TUNED
 
         self.grouping, self.layouts = grouping, layouts
         self.optimizer, self.objective = optimizer, objective
         self.deadline, self.grace_s = deadline, grace_s
         self.max_evaluations, self.seed = max_evaluations, seed
         self.policy, self.tied = policy, fold(grouping)
+        self.pins = optimizer not in HAND_TUNED if pin_operands is None else pin_operands
         device = layouts[0].cluster.device
         self.limit = device.hbm_available_bytes * (1.0 - MEMORY_RESERVE)
         self.candidates: list[Candidate] = []
@@ -189,7 +195,7 @@ class MeshSearch:
         elif self.skipped:
             status = "time_limit"
         inputs, outputs, results, operands = decode(
-            best.simulator.tables, best.choices, pin_operands=best.optimizer not in HAND_TUNED
+            best.simulator.tables, best.choices, pin_operands=self.pins
         )
         shapes = jax.eval_shape(train_step, *abstract_args)
         drawn = timeline(best.simulator, best.choices)
@@ -206,7 +212,7 @@ class MeshSearch:
             donate_argnums=donated,
             fingerprint=self.grouping.graph.fingerprint,
             estimate=dataclasses.replace(
-                estimate(best.simulator, best.choices, pinned=best.optimizer not in HAND_TUNED),
+                estimate(best.simulator, best.choices, pinned=self.pins),
                 table_cost_s=best.table_cost_s,
             ),
             lower_bound_s=0.0 if self.skipped else min(self.bounds, default=0.0),

@@ -176,8 +176,6 @@ def _prepare(
     except MeshwrightError as error:
         row = _row(name, case, which, status="error", message=str(error))
         return lambda: row
-    if not is_pinned(which):
-        plan = dataclasses.replace(plan, operands={})
     return lambda: _guarded(
         name,
         case,
@@ -218,7 +216,9 @@ def _plan(
     import placement
 
     step, args, donated = program
-    chosen: dict[str, Any] = {} if is_plan(which) else {"optimizer": which.removesuffix(PINNED)}
+    chosen: dict[str, Any] = {"pin_operands": is_pinned(which)}
+    if not is_plan(which):
+        chosen["optimizer"] = which.removesuffix(PINNED)
     if is_plan(which) and optimizer is not None:
         chosen["optimizer"] = optimizer
     if is_plan(which) and "@" in which:

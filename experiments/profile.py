@@ -61,8 +61,13 @@ def _cases(config: Any, device: Any) -> list[Any]:
     if unknown:
         raise MeshwrightError(f"no operator {unknown[0]!r}; kinds are {', '.join(PROGRAMS)}")
     largest = 1e9 if device.family == "cpu" else None
-    items = cases(int(config.seed), float(config.scale), largest)
-    return [c for c in items if not kinds or c.kind in kinds]
+    items = {
+        item.name: item
+        for draw in range(int(config.draws))
+        for item in cases(int(config.seed) + draw, float(config.scale), largest)
+        if not kinds or item.kind in kinds
+    }
+    return list(items.values())
 
 
 class _Store:

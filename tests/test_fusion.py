@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cost_model.calibration.chains import INSTRUCTIONS, READS, by_row, chain
 from cost_model.calibration.fit import read_profile
 from cost_model.calibration.fit_contraction import program_cycles
 from cost_model.cluster import parse_cluster
 from cost_model.contraction import contraction_time_s
-from cost_model.device import load_device
+from cost_model.device import item_bytes, load_device
 from cost_model.fitted import load_calibration
 from cost_model.fusion import CONTRACTIONS, Chain, Fusion
 from cost_model.layout import layout_for
@@ -64,6 +65,24 @@ def test_gradients_of_a_gated_layer_are_computed_inside_the_contractions_that_re
     assert sorted(c.itemsize for c in computed) == [4, 6]
     assert all(c.instructions > 6 for c in computed)
     assert fusion.inside
+
+
+@pytest.mark.parametrize("name", READS)
+def test_profiled_chains_count_what_the_cut_of_a_program_counts(name):
+    wide = [_array(256, 512, dtype=t) for t in READS[name]]
+    rows = [_array(256, 1, dtype=jnp.float32)] * by_row(name)
+    square, weights = _array(512, 512), _array(512, 384)
+
+    def step(square, weights, wide, rows):
+        stored = [x @ square.astype(x.dtype) for x in wide]  # each is read twice
+        made = chain(name, "bfloat16")(*stored, *rows)
+        return made @ weights, [jnp.sum(x) for x in stored]
+
+    _, fusion, dots = _cut(step, square, weights, wide, rows)
+    first, second = fusion.chains[dots[-1]]
+    assert first.instructions == INSTRUCTIONS[name]
+    assert first.itemsize == sum(map(item_bytes, READS[name]))
+    assert second.instructions == 0
 
 
 def test_weights_of_attention_are_computed_from_scores_that_stay_in_float32():

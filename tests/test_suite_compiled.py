@@ -8,7 +8,7 @@ import pytest
 
 from cost_model.cluster import parse_cluster
 from graphs.errors import MeshwrightError
-from graphs.zoo import ModelConfig
+from graphs.zoo import ModelConfig, build_train_step
 from placement import suite_compiled as suite
 from placement.suite_rows import Row, summarize
 
@@ -99,6 +99,18 @@ def test_means_are_geometric_over_the_cases_that_have_both():
     assert summary["geometric_mean_against_peer"] is None
     assert summary["cases"]["c"]["best_rule"] is None
     assert summary["cases"]["c"]["peer_status"] == "error"
+
+
+def test_rules_leave_operands_to_the_compiler_unless_their_row_pins_them():
+    model = dict(n_layers=1, d_model=256, n_heads=4, n_kv_heads=4, head_dim=64, d_ff=512)
+    config = ModelConfig(name="small", **model, vocab_size=1024, attention="mha")
+    program = build_train_step(config, global_batch=16, seq_len=64)
+    rule, _ = suite._plan("v5e:2x2", program, "fsdp", None, 5.0)
+    pinned, _ = suite._plan("v5e:2x2", program, "fsdp@pinned", None, 5.0)
+    assert rule.optimizer == pinned.optimizer == "fsdp"
+    assert not rule.operands
+    assert pinned.operands
+    assert pinned.assignment == rule.assignment
 
 
 def test_bad_requests_are_one_sentence(pretend, tmp_path):

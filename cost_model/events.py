@@ -18,9 +18,10 @@ from cost_model.partial_sums import (
     combine_events,
     finish_s,
     reduced_whole,
+    ways_of_combining,
     windowed_s,
 )
-from cost_model.pricing import Reshard, reshard
+from cost_model.pricing import KINDS, Pricing, Reshard, reshard
 from graphs.choices import Choices
 from graphs.groups import COPY, HEAVY, LEAF, Group, Grouping
 
@@ -58,11 +59,10 @@ class Event:
     """Same shape as seconds: choices that stop the computation although the event may hide."""
 
 
-def own_events(grouping, g, n, menu, pricing, fusion, hides, sliced) -> list[Event]:
+def own_events(grouping, g, n, menu, pricing, fusion, hides, sums) -> list[Event]:
     """What group g, node n, takes by itself: its operators, and combining its partial results.
 
-    ``hides``: only the optimizer waits for the result; ``sliced``: one group reads it
-    (:func:`cost_model.partial_sums.only_read_once`).
+    ``hides``: only the optimizer waits for the result.
     """
     events = [
         Event(
@@ -88,11 +88,12 @@ def own_events(grouping, g, n, menu, pricing, fusion, hides, sliced) -> list[Eve
         extra = windowed_s(grouping, g, menu, pricing)
         if extra.any():
             events.append(dataclasses.replace(first, seconds=extra, label="windowed"))
-    sums = not hides and pricing.device.family == "tpu" and contracts(grouping, g)
-    computed = events[0].seconds if sums else None
+    around = not hides and pricing.device.family == "tpu" and contracts(grouping, g)
+    computed = events[0].seconds if around else None
+    sliced = g in sums.sliced
     whole = reduced_whole(grouping, g, menu, pricing) > 0 if sliced else None
     for op, region, seconds, n_bytes in combine_events(
-        grouping, g, menu, pricing, windowed, computed, sliced
+        grouping, g, menu, pricing, windowed, computed, sliced, sums.summands.get(g, 1)
     ):
         events.append(
             Event(
@@ -102,6 +103,45 @@ def own_events(grouping, g, n, menu, pricing, fusion, hides, sliced) -> list[Eve
             )
         )  # fmt: skip
     return events
+
+
+def apart(
+    grouping: Grouping,
+    groups: tuple[int, int],
+    nodes: tuple[int, int],
+    menus: tuple[Choices, Choices],
+    owns: tuple[list[Event], list[Event]],
+    pricing: Pricing,
+) -> Event | None:
+    """What two groups that are added up take more where their sums are not combined in one go.
+
+    Each is charged its part of one combination (:func:`cost_model.partial_sums.combine_events`); of
+    two that differ, both pay theirs once more. None where nothing differs.
+    """
+    kept, numbers = [], []
+    for g, menu, own in zip(groups, menus, owns):
+        event = next((e for e in own if e.kind == COLLECTIVE), None)
+        code = ways_of_combining(grouping, g, menu, pricing)
+        seconds, n_bytes = np.zeros(len(menu)), np.zeros((len(KINDS), len(menu)))
+        if event is not None and event.n_bytes is not None:
+            seconds, n_bytes = event.seconds, event.n_bytes
+        _, first, inverse = np.unique(
+            np.stack([code, seconds, *n_bytes], 1), axis=0, return_index=True, return_inverse=True
+        )
+        kept.append((code[first], seconds[first], n_bytes[:, first]))
+        numbers.append(inverse.reshape(-1).astype(np.int32))
+    (code, seconds, n_bytes), (other_code, other_seconds, other_bytes) = kept
+    differ = (code[:, None] != other_code) | (code[:, None] < 0)
+    both = np.where(differ, seconds[:, None] + other_seconds, 0.0)
+    if not both.any():
+        return None
+    last = grouping.groups[groups[1]].reductions[0].op
+    return Event(
+        kind=RESHARD, op=last, region=grouping.graph.ops[last].region, node=nodes[1],
+        source=nodes[0], seconds=both,
+        n_bytes=np.where(differ, n_bytes[:, :, None] + other_bytes[:, None], 0.0),
+        rows=numbers[0], columns=numbers[1], hides=False, label="partial sums",
+    )  # fmt: skip
 
 
 def moved(own: list[Event], first: Group, other: Group) -> list[Event]:
@@ -159,11 +199,8 @@ def _unique(specs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return specs[at[present]], number[code]
 
 
-def reshards(grouping, node_of, choices, pricing, times, sliced):
-    """Every resharding that can take time: (event, source node, trips, the copy it makes).
-
-    ``sliced``: groups whose sums one group reads (:func:`cost_model.partial_sums.only_read_once`).
-    """
+def reshards(grouping, node_of, choices, pricing, times, sums):
+    """Every resharding that can take time: (event, source node, trips, the copy it makes)."""
     graph = grouping.graph
     priced: dict[tuple, Reshard] = {}
     distinct: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -194,9 +231,10 @@ def reshards(grouping, node_of, choices, pricing, times, sliced):
         p, rows = _unique(np.concatenate([specs, reduced[:, None]], 1))
         q, columns = unique(choices[j].specs(view.dims))
         seconds, n_bytes = finish_s(p[:, :-1], p[:, -1], q, t.shape, t.n_bytes, pricing)
+        share = 1.0 / sums.summands.get(source, 1)
         return Event(
             kind=RESHARD, op=min(view.ops or (0,)), region=view.region, node=j, source=i,
-            seconds=seconds, n_bytes=n_bytes, rows=rows, columns=columns, hides=False,
+            seconds=seconds * share, n_bytes=n_bytes * share, rows=rows, columns=columns, hides=False,
             label="partial sums",
         )  # fmt: skip
 
@@ -222,7 +260,7 @@ def reshards(grouping, node_of, choices, pricing, times, sliced):
                     size = graph.tensors[view.tensor].n_bytes
                     copy = operand(event, size, pricing.shards(specs), max(ops) + 1)
                 yield event, i, times[view.region], copy
-            if source in sliced:
+            if source in sums.sliced:
                 event = finish(source, view, j)
                 if event.seconds.any():
                     yield event, i, times[view.region], None

@@ -2,21 +2,24 @@
 
 By all-reduce, or by reduce-scatter along a dimension of the result. XLA:TPU makes some
 reduce-scatters part of the contraction: one block after the other is multiplied and passed on.
-An all-reduce whose only reader takes a slice it makes a plain reduce-scatter: the group is charged
+An all-reduce whose only reader takes a slice XLA makes a plain reduce-scatter: the group is charged
 the reduce-scatter, and what an all-reduce takes more is charged where the reader takes the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cost_model.operators import contraction_s, local_contraction
+from cost_model.device import Device
+from cost_model.operators import contraction_s, contracts, local_contraction
 from cost_model.pricing import Pricing
 from graphs.choices import Choices
 from graphs.graph import Graph
-from graphs.groups import Grouping, View
+from graphs.groups import HEAVY, Grouping, View
 from graphs.rules import WHOLE
 
 _WINDOWED_OVERHEAD = 1.1
@@ -26,6 +29,28 @@ of a dense model that is in no suite: 22 against 11 ms)."""
 
 _LANES = 128
 """Elements of a tile along the minor dimension, on all generations."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sums:
+    """What XLA does with the sums of partial results of a program."""
+
+    sliced: frozenset[int]
+    """Groups of :func:`only_read_once`; none on a device whose compiler is not known to scatter."""
+    added: tuple[tuple[int, ...], ...]
+    """:func:`added_up`."""
+    summands: Mapping[int, int]
+    """Group -> how many are added up with it, itself included, where there are others."""
+
+    @classmethod
+    def of(cls, grouping: Grouping, device: Device) -> Sums:
+        scatters = device.family in ("tpu", "gpu")
+        added = added_up(grouping)
+        return cls(
+            sliced=only_read_once(grouping) if scatters else frozenset(),
+            added=added,
+            summands={g: len(parts) for parts in added for g in parts},
+        )
 
 
 def only_read_once(grouping: Grouping) -> frozenset[int]:
@@ -43,6 +68,65 @@ def only_read_once(grouping: Grouping) -> frozenset[int]:
             if grouping.graph.ops[op].region == read[0].region:
                 found.add(g)
     return frozenset(found)
+
+
+def added_up(grouping: Grouping) -> tuple[tuple[int, ...], ...]:
+    """Groups of contractions whose results are only added to each other.
+
+    Where their partial results are to be combined in the same way XLA adds them first, and combines
+    the sum (its passes that reassociate all-reduces and reduce-scatters).
+    """
+    graph = grouping.graph
+    read = [*graph.outputs]
+    for op in graph.ops:
+        read += set(op.inputs)
+    once = {t for t, n in Counter(read).items() if n == 1}
+    made: dict[int, tuple[int, ...]] = {}
+    """Tensor -> the groups whose sums it is made of."""
+    for g, item in enumerate(grouping.groups):
+        results = {(r.op, r.result) for r in item.reductions}
+        if item.kind == HEAVY and len(results) == 1:
+            made[next(iter(results))[1]] = (g,)
+    passed_on = set()
+    for op in graph.ops:
+        own = set(op.inputs)
+        if not own <= once & made.keys():
+            continue
+        if op.primitive == "transpose":
+            made[op.outputs[0]] = made[op.inputs[0]]
+        elif op.primitive in ("add", "add_any") and len(own) == 2:
+            first, second = (graph.tensors[t] for t in own)
+            if first.region == second.region == op.region and first.shape == second.shape:
+                made[op.outputs[0]] = tuple(g for t in op.inputs for g in made[t])
+            else:
+                continue
+        else:
+            continue
+        passed_on |= own
+    ends = [parts for t, parts in made.items() if t not in passed_on and len(parts) > 1]
+    return tuple(parts for parts in ends if len(set(parts)) == len(parts))
+
+
+def ways_of_combining(grouping: Grouping, g: int, choices: Choices, pricing: Pricing) -> np.ndarray:
+    """[S] a number for how partial results of group g are combined: over which axes, and along which
+    dimension of the result each is scattered; 0 where there are none, -1 where XLA:TPU passes them on
+    block by block, which it does for each contraction by itself."""
+    item = grouping.groups[g]
+    result = item.reductions[0].result
+    on = choices.sharding([r.cls for r in item.reductions])
+    dims = item.tensors[result]
+    found = np.zeros(len(choices), np.int64)
+    for axis in range(on.shape[1]):
+        scatter = choices.scatter[:, axis]
+        digit = np.ones(len(choices), np.int64)
+        for d, cls in enumerate(dims):
+            digit = np.where((scatter >= 0) & (scatter == cls), 2 + d, digit)
+        found = found * (2 + len(dims)) + np.where(on[:, axis], digit, 0)
+    if pricing.device.family == "tpu" and contracts(grouping, g):
+        sizes = np.array(pricing.axis_sizes, np.float64)
+        many = np.where(on & (choices.scatter >= 0), sizes, 1.0).prod(-1) > 2
+        found = np.where(many & passes_sums_on(grouping, g, choices), -1, found)
+    return found
 
 
 def reduced_whole(grouping: Grouping, g: int, choices: Choices, pricing: Pricing) -> np.ndarray:
@@ -76,7 +160,13 @@ def finish_s(
     sizes = np.array(pricing.axis_sizes, np.float64)
     last = len(shape) - 1
     width = shape[-1] / np.where(q == last, sizes, 1.0).prod(-1) if len(shape) else np.zeros(len(q))
-    sliced &= (top != last) | (width[None] % (2 * _LANES) != _LANES)  # an odd number of tiles
+    if pricing.device.family == "tpu":
+        sliced &= (top != last) | (width[None] % (2 * _LANES) != _LANES)  # an odd number of tiles
+    for axis in range(p.shape[1]):  # sliced only after another axis has moved there
+        for mover in range(axis):
+            onto = (p[:, None, mover] >= 0) & (p[:, None, mover] != q[None, :, mover])
+            onto &= q[None, :, mover] == q[None, :, axis]
+            sliced &= ~(cut[..., axis] & onto)
     pays = deferred[:, None] & ~sliced
     seconds = np.where(pays, np.maximum(extra, 0.0)[:, None], 0.0)
     moved = np.zeros((5, *seconds.shape))
@@ -123,15 +213,15 @@ def _over_dimensions(choices: Choices) -> np.ndarray:
 def passes_sums_on(grouping: Grouping, g: int, choices: Choices) -> np.ndarray:
     """[S] whether XLA:TPU makes a reduce-scatter of partial sums a loop of permutes.
 
-    It does where one dimension is contracted, the scattered one is sharded by no other axis, and
-    more than two devices take part (read from compiled schedules); else it fuses all-reduce and
-    slice.
+    It does where one dimension is contracted and none is a batch, the scattered one is sharded by no
+    other axis, and more than two devices take part (read from compiled schedules); else it fuses
+    all-reduce and slice, or leaves both.
     """
     item = grouping.groups[g]
     rule = grouping.rules[next(o for o in item.ops if not grouping.rules[o].light)]
     left, right = (set(f for f in rule.operands[i] if f != WHOLE) for i in (0, 1))
-    contracted = (left & right) - set(rule.results[0])
-    if len([f for f in contracted if rule.sizes[f] > 1]) != 1:
+    shared = {f for f in left & right if rule.sizes[f] > 1}
+    if len(shared) != 1 or shared & set(rule.results[0]):
         return np.zeros(len(choices), bool)
     scattered = choices.scatter >= 0
     free = scattered.any(axis=1)
@@ -150,12 +240,14 @@ def combine_events(
     windowed: bool = False,
     loop_s: np.ndarray | None = None,
     sliced: bool = False,
+    summands: int = 1,
 ) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
     """Combining partial results of group g: (op, region, seconds [S], bytes [kinds, S]).
 
     ``windowed`` says that XLA makes reduce-scatters part of the contraction's loop;
     ``loop_s`` [S] is how long that loop computes, where its sums are passed on. ``sliced``: one
-    group reads the result, and :func:`finish_s` is charged to it.
+    group reads the result, and :func:`finish_s` is charged to it. ``summands``: of how many sums one
+    combination is made (:func:`added_up`); each is charged its part.
     """
     graph: Graph = grouping.graph
     item = grouping.groups[g]
@@ -180,13 +272,21 @@ def combine_events(
         n_bytes = np.zeros((5, len(choices)))
         n_bytes[1] = np.where(scatter_mask > 0, after * scatter_ways, 0.0)
         n_bytes[2] = np.where(reduce_mask > 0, after * spread, 0.0)
+        passed = np.zeros(len(choices), bool)
+        if windowed or loop_s is not None:
+            passed = passes_sums_on(grouping, g, choices) & (scatter_ways > 2)
+        if pricing.device.family == "tpu":  # an explicit slice is no more than a reader's
+            whole = (scatter_mask > 0) & ~pricing.becomes_scatter[scatter_mask] & ~passed
+            n_bytes[2] = np.where(whole, after * scatter_ways * spread, n_bytes[2])
+            n_bytes[1] = np.where(whole, 0.0, n_bytes[1])
+            reduce_mask = np.where(whole, reduce_mask | scatter_mask, reduce_mask)
+            scatter_mask = np.where(whole, 0, scatter_mask)
         seconds = pricing.collective_s(1, scatter_mask, n_bytes[1])
         if windowed:
             seconds = np.maximum(seconds, pricing.windowed_s(scatter_mask, n_bytes[1]))
         elif loop_s is not None:
             around = 2 * pricing.windowed_s(scatter_mask, n_bytes[1])
             around = around * (1 + 1 / np.maximum(scatter_ways, 1)) - loop_s
-            passed = passes_sums_on(grouping, g, choices) & (scatter_ways > 2)
             seconds = np.where(passed, np.maximum(seconds, around), seconds)
         if tensor.n_bytes > 8:  # scalars are combined together
             reduced = pricing.collective_s(2, reduce_mask, n_bytes[2])
@@ -197,5 +297,5 @@ def combine_events(
                 n_bytes[1] = np.where(deferred, n_bytes[2], n_bytes[1])
                 n_bytes[2] = np.where(deferred, 0.0, n_bytes[2])
             seconds = seconds + reduced
-        events.append((o, op.region, seconds, n_bytes))
+        events.append((o, op.region, seconds / summands, n_bytes / summands))
     return events

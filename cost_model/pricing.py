@@ -85,14 +85,15 @@ class Pricing:
 
     @functools.cached_property
     def becomes_scatter(self) -> np.ndarray:
-        """[2^A] by the set of axes, whether XLA:TPU scatters an all-reduce that is only read in slices.
+        """[2^A] by the set of axes, whether XLA scatters an all-reduce that is only read in slices.
 
-        It does within a slice, but not over all devices of one that is a square of four by four or
-        more, or that has three dimensions (steps of one contraction compiled for v5e, v6e and v5p
-        slices of four to 256 devices, and for parts of them).
+        XLA:GPU does. XLA:TPU does within a slice, but not over all devices of one that is a square
+        of four by four or more, or that has three dimensions (steps of one contraction compiled for
+        v5e, v6e and v5p slices of four to 256 devices, and for parts of them).
         """
         found = np.zeros(1 << len(self.axis_sizes), bool)
         if self.device.family != "tpu":
+            found[1:] = self.device.family == "gpu"
             return found
         physical = self.layout.cluster.physical_axes
         sides = [p.size for p in physical if p.kind == "ici" and p.size > 1]
@@ -155,10 +156,12 @@ class Reshard:
 def reshard(p: np.ndarray, q: np.ndarray, n_bytes: float, pricing: Pricing) -> Reshard:
     """Price going from specs p [P, A] to specs q [Q, A] for a tensor of n_bytes.
 
-    Slices are local and free and come first, then all-to-alls for axes that change dimension, then
-    one all-gather for the axes that are dropped. Where an axis leaves or joins a dimension on which
-    a more minor axis stays, blocks are out of order and are permuted as well. A gather along two
-    dimensions at once leaves blocks that a copy puts in order.
+    In the order of :func:`placement.apply.steps`, axes of a dimension in the order of the mesh:
+    slices, which are local and free; a gather of dropped axes that are in the way; all-to-alls for
+    axes that change dimension; a gather of the other dropped axes. An axis that joins a dimension as
+    a more minor one than an axis that moves onto it is sliced at the end, when all is paid. Where an
+    axis leaves or joins a dimension on which a more minor axis stays, blocks are out of order and are
+    permuted as well. A gather along two dimensions at once leaves blocks that a copy puts in order.
     """
     seconds, bytes_by_kind = _reshard(
         np.ascontiguousarray(p, np.int8),
@@ -173,40 +176,67 @@ def reshard(p: np.ndarray, q: np.ndarray, n_bytes: float, pricing: Pricing) -> R
 
 
 @numba.njit(cache=True)
+def moves_onto(p, q, dim):
+    """The most major axis that moves onto a dimension, its number; -1 where none does."""
+    for axis in range(len(p)):
+        if q[axis] == dim and p[axis] >= 0 and p[axis] != dim:
+            return axis
+    return -1
+
+
+@numba.njit(cache=True)
+def _in_the_way(p, q, axis):
+    """Whether a dropped axis has to be gathered before others change their dimension."""
+    for other in range(len(p)):
+        moves = p[other] >= 0 and q[other] >= 0 and p[other] != q[other]
+        if moves and (q[other] == p[axis] or (p[other] == p[axis] and other < axis)):
+            return True
+    return False
+
+
+@numba.njit(cache=True)
 def _reshard(p, q, start, sizes, latency_s, seconds_per_byte, copy_s_per_byte):
     """(seconds [P, Q], bytes [kinds, P, Q]); start [P] is the local size under p."""
     n_axes = p.shape[1]
     seconds = np.zeros((len(p), len(q)))
     moved = np.zeros((len(latency_s), len(p), len(q)))
+    gathered = np.zeros(2)
+    gather = np.zeros(2, np.int64)
     for i in range(len(p)):
         for j in range(len(q)):
             cut = 1.0
-            gathered = 1.0
-            gather = 0
+            gathered[:] = 1.0
+            gather[:] = 0
             along = -1
             mixed = False
             for axis in range(n_axes):
                 if p[i, axis] < 0 and q[j, axis] >= 0:
-                    cut *= sizes[axis]
-                elif p[i, axis] >= 0 and q[j, axis] < 0:
-                    gathered *= sizes[axis]
-                    gather |= 1 << axis
-                    if sizes[axis] > 1.0:
-                        mixed = mixed or (along >= 0 and p[i, axis] != along)
-                        along = p[i, axis]
+                    mover = moves_onto(p[i], q[j], q[j, axis])
+                    if mover < 0 or mover > axis:
+                        cut *= sizes[axis]
+                elif p[i, axis] >= 0 and q[j, axis] < 0 and sizes[axis] > 1.0:
+                    late = 0 if _in_the_way(p[i], q[j], axis) else 1
+                    gathered[late] *= sizes[axis]
+                    gather[late] |= 1 << axis
+                    mixed = mixed or (along >= 0 and p[i, axis] != along)
+                    along = p[i, axis]
             local = start[i] / cut
             total = 0.0
-            for axis in range(n_axes):
-                if p[i, axis] >= 0 and q[j, axis] >= 0 and p[i, axis] != q[j, axis]:
-                    mask = 1 << axis
-                    total += latency_s[3, mask] + seconds_per_byte[3, mask] * local
-                    moved[3, i, j] += local
-            if gather:
-                full = local * gathered
-                total += latency_s[0, gather] + seconds_per_byte[0, gather] * full
-                if mixed:
-                    total += copy_s_per_byte * full
-                moved[0, i, j] += full
+            for late in range(2):
+                if gather[late]:
+                    local *= gathered[late]
+                    mask = gather[late]
+                    total += latency_s[0, mask] + seconds_per_byte[0, mask] * local
+                    if mixed:
+                        total += copy_s_per_byte * local
+                    moved[0, i, j] += local
+                if late:
+                    continue
+                for axis in range(n_axes):
+                    if p[i, axis] >= 0 and q[j, axis] >= 0 and p[i, axis] != q[j, axis]:
+                        mask = 1 << axis
+                        total += latency_s[3, mask] + seconds_per_byte[3, mask] * local
+                        moved[3, i, j] += local
             for major in range(n_axes):
                 for minor in range(major + 1, n_axes):
                     if sizes[major] == 1.0 or sizes[minor] == 1.0:

@@ -11,6 +11,7 @@ hides.
 from __future__ import annotations
 
 import dataclasses
+from itertools import combinations
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from cost_model.events import (
     COMPUTE,
     RESHARD,
     Event,
+    apart,
     gradient_groups,
     moved,
     own_events,
@@ -29,7 +31,7 @@ from cost_model.gpu_fusion import own_passes
 from cost_model.layout import MeshLayout
 from cost_model.live import usage_entries
 from cost_model.operands import Operand
-from cost_model.partial_sums import only_read_once
+from cost_model.partial_sums import Sums
 from cost_model.pricing import Pricing
 from cost_model.problem import Problem
 from graphs.choices import Choices, choices_of
@@ -107,13 +109,14 @@ def build_tables(
         groups_of[n].append(g)
     times = grouping.graph.multiplicities()
     gradients = gradient_groups(grouping)
-    sliced = only_read_once(grouping) if pricing.device.family == "tpu" else frozenset()
+    sums = Sums.of(grouping, layout.cluster.device)
     choices, node_costs, node_hidden, events = [], [], [], []
+    own_of: dict[int, list[Event]] = {}
     known: dict[tuple, Choices] = {}
     for n, g in enumerate(firsts):
         menu = choices_of(grouping.groups[g], layout.mesh.axis_sizes, known=known)
         menu = _keep_pins(grouping, g, menu, layout)
-        own = own_events(grouping, g, n, menu, pricing, fusion, g in gradients, g in sliced)
+        own = own_events(grouping, g, n, menu, pricing, fusion, g in gradients, sums)
         cost, hidden = np.zeros(len(menu)), np.zeros(len(menu))
         for e in own:
             if e.hides:
@@ -135,6 +138,7 @@ def build_tables(
                 for e in own
             ]
         choices.append(menu)
+        own_of[n] = own
         node_costs.append(cost * len(groups_of[n]))
         node_hidden.append(hidden * len(groups_of[n]))
         events += own
@@ -143,13 +147,28 @@ def build_tables(
     edges: dict[tuple[int, int], np.ndarray] = {}
     edge_hidden: dict[tuple[int, int], np.ndarray] = {}
     operands = []
-    for event, source, weight, copy in reshards(grouping, node_of, choices, pricing, times, sliced):
+    for event, source, weight, copy in reshards(grouping, node_of, choices, pricing, times, sums):
         events.append(event)
         if copy is not None:
             operands.append(copy)
         _charge(event, source, weight * (exposure if event.hides else 1.0), node_costs, edges)
         if event.hides:
             _charge(event, source, weight, node_hidden, edge_hidden)
+    for first, second in ((a, b) for parts in sums.added for a, b in combinations(parts, 2)):
+        i, j = int(node_of[first]), int(node_of[second])
+        if i == j:
+            continue
+        event = apart(
+            grouping,
+            (first, second),
+            (i, j),
+            (choices[i], choices[j]),
+            (own_of[i], own_of[j]),
+            pricing,
+        )
+        if event is not None:
+            events.append(event)
+            _charge(event, i, times[event.region], node_costs, edges)
     problem, labels = _problem(
         grouping,
         layout,

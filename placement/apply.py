@@ -31,6 +31,9 @@ class Constraints:
     """Tensor -> PartitionSpec entries."""
     operands: Mapping[tuple[int, int], tuple]
     """(op, tensor) -> PartitionSpec entries of the copy the op reads."""
+    copies: Mapping[tuple[int, int], tuple] = dataclasses.field(default_factory=dict)
+    """(op, tensor) -> PartitionSpec entries of a copy that other ops read too and this one's is made
+    from."""
 
 
 def constrained(closed, constraints: Constraints, mesh, flat_args: list) -> list:
@@ -44,10 +47,10 @@ def constrained(closed, constraints: Constraints, mesh, flat_args: list) -> list
 def steps(have: tuple, want: tuple) -> list[tuple]:
     """PartitionSpec entries on the way from one sharding to another, the last one ``want``.
 
-    Each step is one that XLA's partitioner has a collective for: cut along axes that are free; swap
-    axes of a dimension so that those that stay are the major ones; gather along axes that go; move
-    axes from one dimension to another; cut along the rest. Of several at once it gathers the whole
-    tensor.
+    Each step is one that XLA's partitioner has a collective for: cut along axes that are free;
+    gather those that are in the way; move axes from one dimension to another; gather the others;
+    cut along the rest. Of several at once it gathers the whole tensor. The same order is priced by
+    :func:`cost_model.pricing.reshard`.
     """
     have, want = (tuple(entry_axes(dim) for dim in spec) for spec in (have, want))
     held = {a for dim in have for a in dim}
@@ -65,18 +68,40 @@ def steps(have: tuple, want: tuple) -> list[tuple]:
             if axis not in held and dim == list(goal[:i]):
                 dim.append(axis)
     emit(now)
+    first: set[str] = set()
     for d, goal in enumerate(want):
-        stay = [a for a in goal if a in now[d]]
-        move = [a for a in now[d] if a in needed and a not in stay]
-        now[d] = stay + move + [a for a in now[d] if a not in needed]
+        now[d], early = _ordered(now[d], goal, needed, bool(set(goal) & (held - set(now[d]))))
+        first |= early
     emit(now)
-    now = [[a for a in dim if a in needed] for dim in now]
+    now = [[a for a in dim if a not in first] for dim in now]
     emit(now)
     here = {a for dim in now for a in dim}
-    for dims in _moves(now, [[a for a in goal if a in here] for goal in want]):
+    goals = [
+        [a for a in goal if a in here] + [a for a in dim if a not in needed]
+        for dim, goal in zip(now, want)
+    ]
+    for dims in _moves(now, goals):
         emit(dims)
+    emit([[a for a in dim if a in needed] for dim in goals])
     emit(want)
     return found or [tuple(dim or None for dim in want)]
+
+
+def _ordered(
+    dim: list[str], goal: tuple[str, ...], needed: set[str], target: bool
+) -> tuple[list[str], set[str]]:
+    """(axes of a dimension, those that stay first; those that are gathered before others move).
+
+    An axis that goes is in the way of one that moves off where it is the minor one, and of all that
+    move onto the dimension (``target``).
+    """
+    stay = [a for a in goal if a in dim]
+    rest = [a for a in dim if a not in stay]
+    moving = [a in needed for a in rest]
+    cut = 0 if target else moving.index(True) if any(moving) else len(rest)
+    tail = rest[cut:]
+    gone = [a for a in tail if a not in needed]
+    return stay + rest[:cut] + [a for a in tail if a in needed] + gone, set(gone)
 
 
 def _moves(now: list[list[str]], goals: list[list[str]]) -> Iterator[list[list[str]]]:
@@ -133,15 +158,21 @@ class _Walker:
         spec = self.constraints.operands.get((op, t))
         if spec is None:
             return x
+        have = self.constraints.results.get(t)
+        shared = self.constraints.copies.get((op, t))
+        if shared is not None:
+            x, have = self._copy(x, t, have, shared), shared
+        return self._copy(x, t, have, spec)
+
+    def _copy(self, x, t: int, have: tuple | None, spec: tuple):
+        """The copy of tensor t with this spec, made of x unless it is there already."""
         for scope in self.copies:
             if (t, spec) in scope:
                 return scope[(t, spec)]
-        pinned = x
-        have = self.constraints.results.get(t)
         for step in [spec] if have is None else steps(have, spec):
-            pinned = self._pin(pinned, step)
-        self.copies[-1][(t, spec)] = pinned
-        return pinned
+            x = self._pin(x, step)
+        self.copies[-1][(t, spec)] = x
+        return x
 
     def op(self) -> int:
         self.n_ops += 1

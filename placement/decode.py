@@ -96,8 +96,9 @@ def decode(
     tuple[LeafSpec, ...],
     dict[int, SpecEntries],
     dict[tuple[int, int], SpecEntries],
+    dict[tuple[int, int], SpecEntries],
 ]:
-    """(arguments, results, value constraints, operand constraints).
+    """(arguments, results, value constraints, operand constraints, copies that operands come from).
 
     Without ``pin_operands`` only values are constrained, as experts do by hand; where an operand has
     to change its sharding is then left to the compiler.
@@ -138,6 +139,13 @@ def decode(
         if always or math.prod(tensor.shape) >= SMALL:
             results[t] = named(specs[t])
     operands: dict[tuple[int, int], SpecEntries] = {}
+    copies: dict[tuple[int, int], SpecEntries] = {}
+
+    def shared(source: int) -> Spec:
+        """Of the copy that a group makes."""
+        node, view = int(tables.node_of[source]), grouping.groups[source].views[0]
+        return spec_of(tables.choices[node].specs(view.dims)[int(assignment[node])], len(view.dims))
+
     for g, item in enumerate(grouping.groups):
         if item.kind == COPY:
             continue
@@ -152,4 +160,9 @@ def decode(
                     if left_open and not _always(graph.ops[op].primitive):
                         continue
                     operands[(op, view.tensor)] = named(spec)
-    return inputs, tuple(outputs), results, operands
+                    source = grouping.source_group(g, view)
+                    if grouping.groups[source].kind == COPY:
+                        on_the_way = shared(source)
+                        if on_the_way not in (spec, specs[view.tensor]):
+                            copies[(op, view.tensor)] = named(on_the_way)
+    return inputs, tuple(outputs), results, operands, copies

@@ -194,7 +194,7 @@ class MeshSearch:
             status = self._why_not(best)
         elif self.skipped:
             status = "time_limit"
-        inputs, outputs, results, operands = decode(
+        inputs, outputs, results, operands, copies = decode(
             best.simulator.tables, best.choices, pin_operands=self.pins
         )
         shapes = jax.eval_shape(train_step, *abstract_args)
@@ -209,6 +209,7 @@ class MeshSearch:
             outputs=outputs,
             results=results,
             operands=operands,
+            copies=copies,
             donate_argnums=donated,
             fingerprint=self.grouping.graph.fingerprint,
             estimate=dataclasses.replace(

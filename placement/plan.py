@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 
+_WRITTEN_APART = frozenset(
+    ("trees", "assignment", "estimate", "results", "operands", "copies", "inputs", "outputs")
+)
+"""Fields of a plan that its file holds in another form, or not."""
+
 SpecEntries = tuple[tuple[str, ...], ...]
 """For each dimension the mesh axis names that shard it, major to minor."""
 
@@ -83,6 +88,9 @@ class Plan:
     """(time_s, live bytes of a device from then on)."""
     program: dict[str, Any] = dataclasses.field(default_factory=dict)
     """How the train step is built (``optimize_model``): remat, microbatches, batch; else empty."""
+    copies: dict[tuple[int, int], SpecEntries] = dataclasses.field(default_factory=dict)
+    """(op number, tensor number) -> the sharding of a copy that several operations share, where an
+    operand is made from one that is sharded as neither it nor the value is."""
     checkpoint_policy: str = ""
     """What the step's ``checkpoint_policy`` argument is given (:mod:`placement.checkpointing`); empty
     where it has none."""
@@ -211,6 +219,7 @@ class Plan:
         constraints = Constraints(
             results={t: _entries(s) for t, s in self.results.items()},
             operands={k: _entries(s) for k, s in self.operands.items()},
+            copies={k: _entries(s) for k, s in self.copies.items()},
         )
         return apply(fn, constraints, mesh if mesh is not None else self.abstract_mesh(), check)
 
@@ -244,15 +253,15 @@ class Plan:
         data = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.name
-            not in ("trees", "assignment", "estimate", "results", "operands", "inputs", "outputs")
+            if f.name not in _WRITTEN_APART
         }
         data["placement"] = [[dataclasses.asdict(x) for x in axis] for axis in self.placement]
         data["estimate"] = self.estimate.to_dict()
         data["inputs"] = [dataclasses.asdict(x) for x in self.inputs]
         data["outputs"] = [dataclasses.asdict(x) for x in self.outputs]
         data["results"] = [[t, s] for t, s in sorted(self.results.items())]
-        data["operands"] = [[o, t, s] for (o, t), s in sorted(self.operands.items())]
+        for key in ("operands", "copies"):
+            data[key] = [[o, t, s] for (o, t), s in sorted(getattr(self, key).items())]
         text = json.dumps({"schema_version": SCHEMA_VERSION, "kind": "meshwright plan", **data})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -322,7 +331,9 @@ class Plan:
         fields["inputs"] = tuple(leaf(x) for x in data["inputs"])
         fields["outputs"] = tuple(leaf(x) for x in data["outputs"])
         fields["results"] = {int(t): spec(s) for t, s in data["results"]}
-        fields["operands"] = {(int(o), int(t)): spec(s) for o, t, s in data["operands"]}
+        for key in ("operands", "copies"):
+            given = data[key] if key == "operands" else data.get(key, ())  # older files have none
+            fields[key] = {(int(o), int(t)): spec(s) for o, t, s in given}
         for key in ("donate_argnums", "warnings", "alternatives", "reasons"):
             fields[key] = tuple(data[key])
         for key in ("timeline", "memory_over_time"):

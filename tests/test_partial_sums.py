@@ -29,7 +29,8 @@ def update(weights, rows, errors):
         ("v5p:2x2x4", {"a": 16}, [False]),
         ("v5p:4x4x4", {"a": 4, "b": 16}, [True, True, False]),
         ("2*v5e:2x4", {"a": 2, "b": 8}, [False, True, False]),
-        ("h100:8", {"a": 8}, [False]),
+        ("h100:8", {"a": 8}, [True]),
+        ("cpu:8", {"a": 8}, [False]),
     ],
 )
 def test_where_the_compiler_scatters(cluster, mesh, scattered):

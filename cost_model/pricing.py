@@ -21,6 +21,8 @@ from cost_model.layout import MeshLayout
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "collective_permute")
 _SMALL, _LARGE = 1e4, 1e9
+_REDUCED_GATHER_DEVICES = 64
+_REDUCED_GATHER_BYTES = 2.0**24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,25 @@ class Pricing:
             found[mask] = bool(axes) and near and not (whole and (square or len(sides) > 2))
         return found
 
+    @functools.cached_property
+    def reduced_gather_bytes(self) -> np.ndarray:
+        """[2^A] by the set of axes, up to how many gathered bytes XLA:TPU gathers by an all-reduce.
+
+        It adds up what each device holds, with zeros elsewhere, over all devices of a slice of 64 or
+        more: up to 16 MiB on a torus of two dimensions, whatever the size on one of three (programs of
+        one gather compiled for slices of 16 to 256 v5e, v6e and v5p, and for parts of them).
+        """
+        found = np.zeros(1 << len(self.axis_sizes))
+        physical = self.layout.cluster.physical_axes
+        dimensions = sum(p.kind == "ici" and p.size > 1 for p in physical)
+        if self.device.family != "tpu" or any(p.kind != "ici" and p.size > 1 for p in physical):
+            return found
+        for mask in range(1, len(found)):
+            ways = math.prod(n for a, n in enumerate(self.axis_sizes) if mask >> a & 1)
+            if ways == self.layout.cluster.n_devices and ways >= _REDUCED_GATHER_DEVICES:
+                found[mask] = np.inf if dimensions > 2 else _REDUCED_GATHER_BYTES
+        return found
+
     def windowed_s(self, mask: np.ndarray, payload_bytes: np.ndarray) -> np.ndarray:
         """Seconds to pass blocks of a buffer once around the group, as windowed matmuls do.
 
@@ -161,7 +182,8 @@ def reshard(p: np.ndarray, q: np.ndarray, n_bytes: float, pricing: Pricing) -> R
     axes that change dimension; a gather of the other dropped axes. An axis that joins a dimension as
     a more minor one than an axis that moves onto it is sliced at the end, when all is paid. Where an
     axis leaves or joins a dimension on which a more minor axis stays, blocks are out of order and are
-    permuted as well. A gather along two dimensions at once leaves blocks that a copy puts in order.
+    permuted as well. A gather along two dimensions at once leaves blocks that a copy puts in order;
+    some gathers are all-reduces (:attr:`Pricing.reduced_gather_bytes`).
     """
     seconds, bytes_by_kind = _reshard(
         np.ascontiguousarray(p, np.int8),
@@ -171,6 +193,7 @@ def reshard(p: np.ndarray, q: np.ndarray, n_bytes: float, pricing: Pricing) -> R
         pricing.latency_s,
         pricing.seconds_per_byte,
         pricing.copy_s_per_byte,
+        pricing.reduced_gather_bytes,
     )
     return Reshard(seconds=seconds, bytes_by_kind=bytes_by_kind)
 
@@ -195,7 +218,7 @@ def _in_the_way(p, q, axis):
 
 
 @numba.njit(cache=True)
-def _reshard(p, q, start, sizes, latency_s, seconds_per_byte, copy_s_per_byte):
+def _reshard(p, q, start, sizes, latency_s, seconds_per_byte, copy_s_per_byte, reduced):
     """(seconds [P, Q], bytes [kinds, P, Q]); start [P] is the local size under p."""
     n_axes = p.shape[1]
     seconds = np.zeros((len(p), len(q)))
@@ -226,10 +249,11 @@ def _reshard(p, q, start, sizes, latency_s, seconds_per_byte, copy_s_per_byte):
                 if gather[late]:
                     local *= gathered[late]
                     mask = gather[late]
-                    total += latency_s[0, mask] + seconds_per_byte[0, mask] * local
-                    if mixed:
+                    kind = 2 if local <= reduced[mask] else 0
+                    total += latency_s[kind, mask] + seconds_per_byte[kind, mask] * local
+                    if mixed and kind == 0:
                         total += copy_s_per_byte * local
-                    moved[0, i, j] += local
+                    moved[kind, i, j] += local
                 if late:
                     continue
                 for axis in range(n_axes):

@@ -22,6 +22,7 @@ from cost_model.partial_sums import (
     windowed_s,
 )
 from cost_model.pricing import KINDS, Pricing, Reshard, reshard
+from cost_model.state_copies import state_copies_s
 from graphs.choices import Choices
 from graphs.groups import COPY, HEAVY, LEAF, Group, Grouping
 
@@ -59,10 +60,11 @@ class Event:
     """Same shape as seconds: choices that stop the computation although the event may hide."""
 
 
-def own_events(grouping, g, n, menu, pricing, fusion, hides, sums) -> list[Event]:
+def own_events(grouping, g, n, menu, pricing, fusion, hides, sums, state) -> list[Event]:
     """What group g, node n, takes by itself: its operators, and combining its partial results.
 
-    ``hides``: only the optimizer waits for the result.
+    ``hides``: only the optimizer waits for the result. ``state``: of
+    :func:`cost_model.state_copies.state_of`.
     """
     events = [
         Event(
@@ -71,6 +73,14 @@ def own_events(grouping, g, n, menu, pricing, fusion, hides, sums) -> list[Event
         )
         for e in compute_events(grouping, g, menu, pricing, fusion)
     ]  # fmt: skip
+    copies = state_copies_s(grouping, g, menu, pricing, state)
+    if copies is not None:
+        events.append(
+            Event(
+                kind=COMPUTE, op=len(grouping.graph.ops) - 1, region=0, node=n, source=-1,
+                seconds=copies, n_bytes=None, rows=None, columns=None, hides=False, label="copies",
+            )
+        )  # fmt: skip
     for op, region, seconds, exposed, n_bytes in map_events(grouping, g, menu, pricing):
         own = Event(
             kind=COMPUTE, op=op, region=region, node=n, source=-1, seconds=seconds,

@@ -34,6 +34,7 @@ from cost_model.operands import Operand
 from cost_model.partial_sums import Sums
 from cost_model.pricing import Pricing
 from cost_model.problem import Problem
+from cost_model.state_copies import state_of
 from graphs.choices import Choices, choices_of
 from graphs.errors import MeshwrightError
 from graphs.fold import fold
@@ -110,13 +111,14 @@ def build_tables(
     times = grouping.graph.multiplicities()
     gradients = gradient_groups(grouping)
     sums = Sums.of(grouping, layout.cluster.device)
+    state = state_of(grouping.graph)
     choices, node_costs, node_hidden, events = [], [], [], []
     own_of: dict[int, list[Event]] = {}
     known: dict[tuple, Choices] = {}
     for n, g in enumerate(firsts):
         menu = choices_of(grouping.groups[g], layout.mesh.axis_sizes, known=known)
         menu = _keep_pins(grouping, g, menu, layout)
-        own = own_events(grouping, g, n, menu, pricing, fusion, g in gradients, sums)
+        own = own_events(grouping, g, n, menu, pricing, fusion, g in gradients, sums, state)
         cost, hidden = np.zeros(len(menu)), np.zeros(len(menu))
         for e in own:
             if e.hides:

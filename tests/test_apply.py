@@ -14,7 +14,7 @@ import pytest
 from programs import PROGRAMS, loss_of, next_args
 
 import placement
-from placement.apply import steps
+from placement.apply import Constraints, constrained, steps
 from placement.decode import major_first
 
 CASES = [
@@ -104,6 +104,10 @@ D, M = "data", "model"
         (((D,), (), ()), ((), (M,), ()), [((D,), (M,), None), (None, (M,), None)]),
         # gather the minor axis, then move the major one
         (((), (), (D, M)), ((D,), (), ()), [(None, None, (D,)), ((D,), None, None)]),
+        # the minor axis moves off, the major one is gathered afterwards
+        (((D, M), (), ()), ((), (M,), ()), [((D,), (M,), None), (None, (M,), None)]),
+        # what lies on the dimension that an axis moves onto is gathered first
+        (((M,), (), (D,)), ((), (), (M,)), [((M,), None, None), (None, None, (M,))]),
         # the axis that stays becomes the major one
         (((D, M), ()), ((M,), ()), [((M, D), None), ((M,), None)]),
         # an axis that lies under another comes after it
@@ -120,6 +124,34 @@ D, M = "data", "model"
 )
 def test_an_operand_changes_its_sharding_in_steps(have, want, expected):
     assert steps(have, want) == expected
+
+
+def test_an_operand_is_made_of_the_copy_that_others_read():
+    def program(x):
+        y = jnp.sin(x)  # tensor 1
+        return jnp.cos(y), jnp.exp(y)  # ops 1 and 2
+
+    mesh = jax.sharding.AbstractMesh((2, 4), (D, M))
+    rows, whole = (D, None), (None, None)
+    constraints = Constraints(
+        results={1: (M, None)}, operands={(1, 1): rows, (2, 1): whole}, copies={(1, 1): whole}
+    )
+    closed = jax.make_jaxpr(program)(jnp.ones((8, 8)))
+    pinned = jax.make_jaxpr(lambda x: constrained(closed, constraints, mesh, [x]))(jnp.ones((8, 8)))
+    made = {v: eqn for eqn in pinned.eqns for v in eqn.outvars}
+
+    def chain(op):
+        """The specs on the way from the value to what an op reads."""
+        (eqn,) = [e for e in pinned.eqns if e.primitive.name == op]
+        eqn, found = made[eqn.invars[0]], []
+        while eqn.primitive.name == "sharding_constraint":
+            found.append(tuple(eqn.params["sharding"].spec))
+            eqn = made[eqn.invars[0]]
+        return found[::-1]
+
+    assert chain("cos") == [(M, None), whole, rows]
+    assert chain("exp") == [(M, None), whole]
+    assert len([e for e in pinned.eqns if e.primitive.name == "sharding_constraint"]) == 3
 
 
 @pytest.mark.parametrize(

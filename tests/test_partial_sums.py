@@ -1,4 +1,5 @@
-"""All-reduces that XLA:TPU makes reduce-scatters: where, and what they cost."""
+"""Collectives as XLA emits them: reduce-scatters made of all-reduces, sums that are added first,
+gathers, reshardings; and the copies of the state."""
 
 import itertools
 
@@ -10,8 +11,11 @@ from test_tables import tables
 from cost_model.cluster import parse_cluster
 from cost_model.estimate import estimate
 from cost_model.layout import layout_for
-from cost_model.pricing import Pricing
+from cost_model.partial_sums import Sums
+from cost_model.pricing import Pricing, reshard
 from cost_model.simulate import Simulator
+from cost_model.state_copies import state_copies_s, state_of
+from graphs.groups import HEAVY
 
 
 def update(weights, rows, errors):
@@ -74,3 +78,116 @@ def test_slices_of_an_odd_number_of_tiles_are_cut_from_an_all_reduce():
 def test_a_square_torus_all_reduces_whatever_is_read():
     found = estimates((1024, 4096), {"data": 16}, "v5e:4x4")
     assert {e.collectives["all_reduce"] for e in found} >= {4.0 * 1024 * 4096}
+
+
+def gated_backward(x, gate, up, grads):
+    """What a gated layer passes back: two products that are only added."""
+    return x + (grads[0] @ gate.T + grads[1] @ up.T)
+
+
+GATED = (arg(512, 256), arg(256, 1024), arg(256, 1024), (arg(512, 1024), arg(512, 1024)))
+
+
+def reductions(mesh, cluster):
+    """By the axes over which each product holds sums, and is sharded no further: bytes reduced."""
+    t = tables(gated_backward, GATED, mesh, cluster, donate=(), tied="apart")
+    assert Sums.of(t.grouping, t.layout.cluster.device).added, "the two products are added up"
+    heavy = [n for n, g in enumerate(t.groups_of) if t.grouping.groups[g[0]].kind == HEAVY]
+    heavy = [n for n in heavy if t.grouping.groups[t.groups_of[n][0]].reductions]
+    assert len(heavy) == 2
+    simulator = Simulator.of(t)
+    sizes = t.problem.n_strategies()
+    found = {}
+    for picks in itertools.product(*(range(sizes[n]) for n in heavy)):
+        chosen = np.zeros(len(sizes), int)
+        chosen[heavy] = picks
+        key = []
+        for n, k in zip(heavy, picks):
+            group = t.grouping.groups[t.groups_of[n][0]]
+            summed = group.reductions[0].cls
+            place = t.choices[n].place[k]
+            key.append(tuple(int(c == summed) for c in place if c in (-1, summed)))
+        if any(len(part) < len(mesh) for part in key):
+            continue
+        moved = estimate(simulator, chosen).collectives
+        amount = moved["all_reduce"] + moved["reduce_scatter"]
+        found.setdefault(tuple(key), set()).add(amount)
+    return found
+
+
+def test_sums_that_are_only_added_are_combined_once():
+    found = reductions({"model": 8}, "h100:8")
+    whole = 4.0 * 512 * 256
+    assert min(found[(1,), (1,)]) == whole
+    assert min(found[(1,), (0,)]) == whole  # one alone is not cheaper than both
+    assert found[(0,), (0,)] == {0.0}
+
+
+def test_sums_that_are_combined_in_different_ways_are_combined_apart():
+    found = reductions({"a": 2, "b": 4}, "h100:8")
+    whole = 4.0 * 512 * 256
+    assert min(found[(1, 0), (0, 1)]) == 2 * whole
+    assert min(found[(1, 1), (1, 1)]) == whole
+
+
+@pytest.mark.parametrize(
+    ("cluster", "mesh", "limits"),
+    [
+        ("v5e:4x8", {"a": 32}, [0.0]),
+        ("v5e:8x8", {"a": 64}, [2.0**24]),
+        ("v5e:8x8", {"a": 4, "b": 16}, [0.0, 0.0, 2.0**24]),
+        ("v5p:4x4x4", {"a": 64}, [np.inf]),
+        ("2*v5e:8x8", {"a": 128}, [0.0]),
+        ("h100:8x16", {"a": 128}, [0.0]),
+    ],
+)
+def test_where_the_compiler_gathers_by_an_all_reduce(cluster, mesh, limits):
+    pricing = Pricing.of(layout_for(parse_cluster(cluster), mesh))
+    assert pricing.reduced_gather_bytes[1:].tolist() == limits
+    whole = (1 << len(mesh)) - 1
+    spec = np.full((1, len(mesh)), 0, np.int8)
+    for n_bytes in (2.0**24, 2.0**25):
+        moved = reshard(spec, np.full_like(spec, -1), n_bytes, pricing).bytes_by_kind[:, 0, 0]
+        reduces = n_bytes <= pricing.reduced_gather_bytes[whole]
+        assert moved.tolist() == [0 if reduces else n_bytes, 0, n_bytes if reduces else 0, 0, 0]
+
+
+def test_a_resharding_is_priced_in_the_order_of_its_steps():
+    pricing = Pricing.of(layout_for(parse_cluster("h100:8x2"), {"data": 8, "model": 2}))
+    n = 2.0**20
+
+    def moved(p, q):
+        found = reshard(np.array([p], np.int8), np.array([q], np.int8), n, pricing)
+        return found.bytes_by_kind[:, 0, 0].tolist()
+
+    # the minor axis is in the way of the major one: gathered first, so that more is exchanged
+    assert moved([0, 0], [1, -1]) == [n / 8, 0, 0, n / 8, 0]
+    # the major one is not in the way of the minor one
+    assert moved([0, 0], [-1, 1]) == [n / 2, 0, 0, n / 16, 0]
+    # an axis that comes after one that moves there is cut at the end
+    assert moved([0, -1], [1, 1]) == [0, 0, 0, n / 8, 0]
+    # elsewhere it is cut at once
+    assert moved([0, -1], [1, 2]) == [0, 0, 0, n / 16, 0]
+
+
+def test_replicated_state_is_copied_more_than_sharded_state():
+    def update_all(weights, rows, errors):
+        return weights - 0.1 * (rows.T @ errors)
+
+    t = tables(
+        update_all, (arg(4096, 4096), arg(64, 4096), arg(64, 4096)), {"a": 8}, "v5e:2x4",
+        donate=(0,),
+    )  # fmt: skip
+    state = state_of(t.grouping.graph)
+    (g,) = [g for g, item in enumerate(t.grouping.groups) if state & item.tensors.keys()]
+    menu = t.choices[t.node_of[g]]
+    seconds = state_copies_s(t.grouping, g, menu, t.pricing, state)
+    ways = menu.shards(t.grouping.groups[g].tensors[next(iter(state))], (8,))
+    whole, part = seconds[ways == 1], seconds[ways == 8]
+    assert np.all(whole > 8 * part.max())
+    once = 2 * 4 * 4096**2 / t.pricing.device.hbm_bandwidth_bytes_per_s
+    assert np.all((whole > once) & (whole < 3 * once))
+    other = tables(
+        update_all, (arg(64, 64), arg(8, 64), arg(8, 64)), {"a": 8}, "h100:8", donate=(0,)
+    )
+    assert state_copies_s(other.grouping, g, other.choices[0], other.pricing, state) is None

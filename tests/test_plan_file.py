@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -82,6 +83,15 @@ def test_saving_and_loading_keep_everything(plan, tmp_path):
     again = placement.Plan.load(path)
     assert again == plan
     assert again.bind(train_step, *ARGUMENTS).in_specs == plan.in_specs
+
+
+def test_copies_are_kept_and_older_files_have_none(plan, content, tmp_path):
+    shared = {(2, 5): (("data",), ()), (7, 5): ((), ("data", "model"))}
+    path = dataclasses.replace(plan, copies=shared).save(tmp_path / "plan.json")
+    assert placement.Plan.load(path).copies == shared
+    older = {k: v for k, v in content.items() if k != "copies"}
+    path.write_text(json.dumps(older))
+    assert placement.Plan.load(path).copies == {}
 
 
 def _places(node, path=()):

@@ -59,15 +59,25 @@ def compiled_section(folder: pathlib.Path, refit: bool) -> list[str]:
                 "bias",
                 "Spearman",
                 "regret",
+                "pinned rows",
+                "Spearman of these",
+                "regret",
             ),
             [
-                (name, *_errors(row), _number(row["spearman"]), _share(row["regret"]))
+                (
+                    name,
+                    *_errors(row),
+                    *_ranking(row),
+                    str(row["pinned"]["rows"]),
+                    *_ranking(row["pinned"]),
+                )
                 for name, row in found["cases"].items()
             ],
         ),
-        f"Mean Spearman within a case {_number(found['mean_spearman'])}; trusting the model's "
-        f"favourite costs {_share(found['mean_regret'])} on average over the cases of two plans or "
-        "more.",
+        f"Mean Spearman within a case {_number(found['mean_spearman'])}, of plans and pinned rules "
+        f"alone {_number(found['pinned']['mean_spearman'])}; trusting the model's favourite costs "
+        f"{_share(found['mean_regret'])} on average over the cases of two rows or more, among plans "
+        f"and pinned rules {_share(found['pinned']['mean_regret'])}.",
         "",
         f"Of {found['out_of_memory']} plans that the compiler refuses for memory, "
         f"{len(found['out_of_memory_predicted_to_fit'])} are predicted to need less than "
@@ -106,6 +116,10 @@ def compiled_section(folder: pathlib.Path, refit: bool) -> list[str]:
 def _errors(row: dict[str, typing.Any]) -> tuple[str, ...]:
     names = ("mean_abs_step_error", "step_bias", "mean_abs_memory_error", "memory_bias")
     return (str(row["rows"]), *(percent(row[name]) for name in names))
+
+
+def _ranking(row: dict[str, typing.Any]) -> tuple[str, str]:
+    return _number(row["spearman"]), _share(row["regret"])
 
 
 def _number(value: float | None) -> str:

@@ -223,6 +223,7 @@ def summarize(compared: Sequence[Comparison]) -> dict[str, Any]:
         "all": timed,
         "plans": [c for c in timed if c.planned],
         "pinned rules": [c for c in timed if c.pinned and not c.planned],
+        "plans and pinned rules": [c for c in timed if c.pinned],
         "rules": [c for c in timed if not c.pinned],
         "fitted cases": [c for c in timed if c.case in FITTED],
         "held-out cases": [c for c in timed if c.case not in FITTED],
@@ -231,15 +232,15 @@ def summarize(compared: Sequence[Comparison]) -> dict[str, Any]:
     for name in dict.fromkeys(c.case for c in timed):
         own = [c for c in timed if c.case == name]
         cases[name] = {"rows": len(own), **_errors(own), **_ranking(own)}
-    ranked = [c for c in cases.values() if c["regret"] is not None]
-    correlated = [c["spearman"] for c in ranked if c["spearman"] is not None]
+        pinned = [c for c in own if c.pinned]
+        cases[name]["pinned"] = {"rows": len(pinned), **_ranking(pinned)}
     refused = [c for c in compared if c.status == "out_of_memory"]
     return {
         "rows": len(timed),
         "groups": {k: {"rows": len(v), **_errors(v)} for k, v in groups.items() if v},
         "cases": cases,
-        "mean_spearman": float(np.mean(correlated)) if correlated else None,
-        "mean_regret": float(np.mean([c["regret"] for c in ranked])) if ranked else None,
+        **_means(list(cases.values())),
+        "pinned": _means([c["pinned"] for c in cases.values()]),
         "out_of_memory": len(refused),
         "out_of_memory_predicted_to_fit": [
             f"{c.case} {c.optimizer}"
@@ -274,6 +275,15 @@ def _ranking(rows: Sequence[Comparison]) -> dict[str, float | None]:
     spread = len(rows) >= 3 and np.ptp(compiled) > 0 and np.ptp(predicted) > 0
     rank: Any = spearmanr(predicted, compiled) if spread else None
     return {"spearman": None if rank is None else float(rank.statistic), "regret": regret}
+
+
+def _means(cases: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Over cases of two plans or more; the correlation over those of three or more."""
+    found = {}
+    for name in ("spearman", "regret"):
+        values = [c[name] for c in cases if c[name] is not None]
+        found[f"mean_{name}"] = float(np.mean(values)) if values else None
+    return found
 
 
 def _collectives(rows: Iterable[Comparison]) -> dict[str, dict[str, float]]:

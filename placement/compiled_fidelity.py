@@ -311,7 +311,7 @@ def calibrate_bands(compared: Sequence[Comparison]) -> tuple[Any, float]:
 
     rows = [c for c in compared if c.status == "ok" and c.compiled_s]
     residuals = np.array([-np.log1p(c.error) for c in rows])
-    kinds = [kind_of("tpu", c.planned) for c in rows]
+    kinds = [kind_of("tpu", c.pinned) for c in rows]
     sources = [c.case for c in rows]
     bands = calibrate(residuals, kinds, sources)
     return bands, float(np.mean(coverage(residuals, kinds, sources, bands.tail)))

@@ -43,7 +43,8 @@ def compiled_section(folder: pathlib.Path, refit: bool) -> list[str]:
         "`plans` are this planner's, every operand pinned, as in `pinned rules` (`RULE@pinned`); "
         "`rules` leave operands to XLA's propagation, which the model does not follow. The shares of "
         "`cost_model/calibration/fused.csv` were set on the cases "
-        f"{', '.join(FITTED)}; the other cases are held out.",
+        f"{', '.join(FITTED)}; the other cases are held out of these shares, while which collectives "
+        "and copies XLA emits was read off steps of all cases.",
         "",
         *table(
             ("steps", "rows", "step time error", "bias", "memory error", "bias"),

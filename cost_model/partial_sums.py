@@ -9,6 +9,7 @@ the reduce-scatter, and what an all-reduce takes more is charged where the reade
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -39,17 +40,18 @@ class Sums:
     """Groups of :func:`only_read_once`; none on a device whose compiler is not known to scatter."""
     added: tuple[tuple[int, ...], ...]
     """:func:`added_up`."""
-    summands: Mapping[int, int]
-    """Group -> how many are added up with it, itself included, where there are others."""
+
+    @functools.cached_property
+    def summands(self) -> Mapping[int, int]:
+        """Group -> how many are added up with it, itself included, where there are others."""
+        return {g: len(parts) for parts in self.added for g in parts}
 
     @classmethod
     def of(cls, grouping: Grouping, device: Device) -> Sums:
         scatters = device.family in ("tpu", "gpu")
-        added = added_up(grouping)
         return cls(
             sliced=only_read_once(grouping) if scatters else frozenset(),
-            added=added,
-            summands={g: len(parts) for parts in added for g in parts},
+            added=added_up(grouping),
         )
 
 
@@ -90,19 +92,15 @@ def added_up(grouping: Grouping) -> tuple[tuple[int, ...], ...]:
     passed_on = set()
     for op in graph.ops:
         own = set(op.inputs)
-        if not own <= once & made.keys():
+        if not own or not own <= once & made.keys():
             continue
-        if op.primitive == "transpose":
-            made[op.outputs[0]] = made[op.inputs[0]]
-        elif op.primitive in ("add", "add_any") and len(own) == 2:
-            first, second = (graph.tensors[t] for t in own)
-            if first.region == second.region == op.region and first.shape == second.shape:
-                made[op.outputs[0]] = tuple(g for t in op.inputs for g in made[t])
-            else:
-                continue
-        else:
-            continue
-        passed_on |= own
+        parts = tuple(g for t in op.inputs for g in made[t])
+        tensors = [graph.tensors[t] for t in own]
+        alike = {(t.region, t.shape) for t in tensors} == {(op.region, tensors[0].shape)}
+        adds = op.primitive in ("add", "add_any") and len(own) == 2 and alike
+        if adds or op.primitive == "transpose":
+            made[op.outputs[0]] = parts
+            passed_on |= own
     ends = [parts for t, parts in made.items() if t not in passed_on and len(parts) > 1]
     return tuple(parts for parts in ends if len(set(parts)) == len(parts))
 
@@ -123,9 +121,7 @@ def ways_of_combining(grouping: Grouping, g: int, choices: Choices, pricing: Pri
             digit = np.where((scatter >= 0) & (scatter == cls), 2 + d, digit)
         found = found * (2 + len(dims)) + np.where(on[:, axis], digit, 0)
     if pricing.device.family == "tpu" and contracts(grouping, g):
-        sizes = np.array(pricing.axis_sizes, np.float64)
-        many = np.where(on & (choices.scatter >= 0), sizes, 1.0).prod(-1) > 2
-        found = np.where(many & passes_sums_on(grouping, g, choices), -1, found)
+        found = np.where(passes_sums_on(grouping, g, choices, pricing.axis_sizes), -1, found)
     return found
 
 
@@ -210,7 +206,9 @@ def _over_dimensions(choices: Choices) -> np.ndarray:
     return other.any(axis=1)
 
 
-def passes_sums_on(grouping: Grouping, g: int, choices: Choices) -> np.ndarray:
+def passes_sums_on(
+    grouping: Grouping, g: int, choices: Choices, axis_sizes: tuple[int, ...]
+) -> np.ndarray:
     """[S] whether XLA:TPU makes a reduce-scatter of partial sums a loop of permutes.
 
     It does where one dimension is contracted and none is a batch, the scattered one is sharded by no
@@ -224,7 +222,7 @@ def passes_sums_on(grouping: Grouping, g: int, choices: Choices) -> np.ndarray:
     if len(shared) != 1 or shared & set(rule.results[0]):
         return np.zeros(len(choices), bool)
     scattered = choices.scatter >= 0
-    free = scattered.any(axis=1)
+    free = np.where(scattered, axis_sizes, 1).prod(axis=1) > 2
     for a in range(choices.scatter.shape[1]):
         for b in range(choices.scatter.shape[1]):
             if a != b:
@@ -274,7 +272,7 @@ def combine_events(
         n_bytes[2] = np.where(reduce_mask > 0, after * spread, 0.0)
         passed = np.zeros(len(choices), bool)
         if windowed or loop_s is not None:
-            passed = passes_sums_on(grouping, g, choices) & (scatter_ways > 2)
+            passed = passes_sums_on(grouping, g, choices, pricing.axis_sizes)
         if pricing.device.family == "tpu":  # an explicit slice is no more than a reader's
             whole = (scatter_mask > 0) & ~pricing.becomes_scatter[scatter_mask] & ~passed
             n_bytes[2] = np.where(whole, after * scatter_ways * spread, n_bytes[2])

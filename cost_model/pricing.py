@@ -199,7 +199,7 @@ def reshard(p: np.ndarray, q: np.ndarray, n_bytes: float, pricing: Pricing) -> R
 
 
 @numba.njit(cache=True)
-def moves_onto(p, q, dim):
+def _moves_onto(p, q, dim):
     """The most major axis that moves onto a dimension, its number; -1 where none does."""
     for axis in range(len(p)):
         if q[axis] == dim and p[axis] >= 0 and p[axis] != dim:
@@ -234,7 +234,7 @@ def _reshard(p, q, start, sizes, latency_s, seconds_per_byte, copy_s_per_byte, r
             mixed = False
             for axis in range(n_axes):
                 if p[i, axis] < 0 and q[j, axis] >= 0:
-                    mover = moves_onto(p[i], q[j], q[j, axis])
+                    mover = _moves_onto(p[i], q[j], q[j, axis])
                     if mover < 0 or mover > axis:
                         cut *= sizes[axis]
                 elif p[i, axis] >= 0 and q[j, axis] < 0 and sizes[axis] > 1.0:

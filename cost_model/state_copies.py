@@ -3,9 +3,9 @@
 A step takes and returns its state in one layout; gradients often come out of their contractions in
 another, and the update runs in theirs. XLA then copies weights and moments on the way in and out
 (``copy`` instructions of compiled steps whose shape is that of an argument). How much is copied was
-counted over compiled steps of the cases that :mod:`placement.compiled_fidelity` lists as fitted: of
-arrays that are sharded over all devices 0 to 0.68 of their bytes, 0.38 in the mean; of others 0.66 to
-1.97, 1.26 in the mean.
+counted by hand over compiled steps of the cases that :mod:`placement.compiled_fidelity` lists as
+fitted: of arrays that are sharded over all devices 0 to 0.68 of their bytes, 0.38 in the mean; of
+others 0.66 to 1.97, 1.26 in the mean.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import numpy as np
 from cost_model.fusion import materialised
 from cost_model.tables import Tables
 from graphs.choices import spec_of
-from graphs.groups import COPY, HEAVY
+from graphs.groups import COPY, HEAVY, View
 from graphs.mesh import Spec
 from graphs.rules import local_of
 from placement.plan import LeafSpec, SpecEntries
@@ -45,6 +45,12 @@ def tensor_specs(tables: Tables, assignment: np.ndarray) -> dict[int, Spec]:
     return specs
 
 
+def _as_read(tables: Tables, assignment: np.ndarray, g: int, view: View) -> Spec:
+    """How group g holds what it reads."""
+    node = int(tables.node_of[g])
+    return spec_of(tables.choices[node].specs(view.dims)[int(assignment[node])], len(view.dims))
+
+
 def axis_order(tables: Tables, assignment: np.ndarray, specs: dict[int, Spec]) -> tuple[int, ...]:
     """Mesh axes, major first, where one dimension lies on several.
 
@@ -57,11 +63,9 @@ def axis_order(tables: Tables, assignment: np.ndarray, specs: dict[int, Spec]) -
     times = grouping.graph.multiplicities()
     changes: dict[tuple[frozenset, frozenset], float] = {}
     for g, item in enumerate(grouping.groups):
-        node = int(tables.node_of[g])
-        menu, pick = tables.choices[node], int(assignment[node])
         for view in item.views:
             tensor = item.source if item.kind == COPY else view.tensor
-            needed = spec_of(menu.specs(view.dims)[pick], len(view.dims))
+            needed = _as_read(tables, assignment, g, view)
             weight = grouping.graph.tensors[tensor].n_bytes * times[view.region]
             for have, want in zip(specs.get(tensor, ()), needed):
                 few, many = sorted((frozenset(have), frozenset(want)), key=len)
@@ -141,19 +145,12 @@ def decode(
     operands: dict[tuple[int, int], SpecEntries] = {}
     copies: dict[tuple[int, int], SpecEntries] = {}
 
-    def shared(source: int) -> Spec:
-        """Of the copy that a group makes."""
-        node, view = int(tables.node_of[source]), grouping.groups[source].views[0]
-        return spec_of(tables.choices[node].specs(view.dims)[int(assignment[node])], len(view.dims))
-
     for g, item in enumerate(grouping.groups):
         if item.kind == COPY:
             continue
-        node = int(tables.node_of[g])
-        menu, pick = tables.choices[node], int(assignment[node])
         for view in item.views:
             small = math.prod(graph.tensors[view.tensor].shape) < SMALL
-            spec = spec_of(menu.specs(view.dims)[pick], len(view.dims))
+            spec = _as_read(tables, assignment, g, view)
             if spec != specs[view.tensor]:
                 for op in view.ops:
                     left_open = small or not pin_operands
@@ -161,8 +158,9 @@ def decode(
                         continue
                     operands[(op, view.tensor)] = named(spec)
                     source = grouping.source_group(g, view)
-                    if grouping.groups[source].kind == COPY:
-                        on_the_way = shared(source)
+                    copy = grouping.groups[source]
+                    if copy.kind == COPY:
+                        on_the_way = _as_read(tables, assignment, source, copy.views[0])
                         if on_the_way not in (spec, specs[view.tensor]):
                             copies[(op, view.tensor)] = named(on_the_way)
     return inputs, tuple(outputs), results, operands, copies

@@ -56,6 +56,9 @@ class Event:
     """May overlap computation that does not need it: weights and weight gradients."""
     label: str
     """What it is reported under."""
+    late: bool = False
+    """Where it hides: from its operand on to the end of the loop body, else from the start of the
+    body to its reader."""
     waits: np.ndarray | None = None
     """Same shape as seconds: choices that stop the computation although the event may hide."""
 
@@ -109,7 +112,7 @@ def own_events(grouping, g, n, menu, pricing, fusion, hides, sums, state) -> lis
             Event(
                 kind=COLLECTIVE, op=op, region=region, node=n, source=-1, seconds=seconds,
                 n_bytes=n_bytes, rows=None, columns=None, hides=hides,
-                label="gradient" if hides else "partial sums", waits=whole,
+                label="gradient" if hides else "partial sums", late=True, waits=whole,
             )
         )  # fmt: skip
     return events
@@ -283,7 +286,7 @@ def reshards(grouping, node_of, choices, pricing, times, sums):
         pair, rows, columns = price(source, t_out, j, dims_in)
         if pair.seconds.any():
             yield Event(
-                kind=RESHARD, op=last, region=0, node=j, source=i, seconds=pair.seconds,
-                n_bytes=pair.bytes_by_kind, rows=rows, columns=columns, hides=False,
-                label="updated weights",
+                kind=RESHARD, op=min(graph.tensors[t_out].producer, last), region=0, node=j, source=i,
+                seconds=pair.seconds, n_bytes=pair.bytes_by_kind, rows=rows, columns=columns,
+                hides=bool(pricing.device.overlapped_gathers), label="updated weights", late=True,
             ), i, 1.0, None  # fmt: skip

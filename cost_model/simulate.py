@@ -60,11 +60,12 @@ class Simulator:
         seconds, mode, rows, columns = [], [], [], []
         offset, n_columns, row_offset, column_offset = [], [], [], []
         at = row_at = column_at = 0
-        shared: dict[int, int] = {}
+        shared: dict[tuple, int] = {}
         row_at_of: dict[int, int] = {}
         column_at_of: dict[int, int] = {}
         for e in tables.events:
-            key = id(e.seconds)
+            # One array may be priced for a gather that hides and for one that stops computation.
+            key = (id(e.seconds), e.kind, e.hides, e.late, id(e.waits))
             if key not in shared:
                 shared[key] = at
                 seconds.append(np.ascontiguousarray(e.seconds, np.float64).ravel())
@@ -162,7 +163,7 @@ def _modes(event, gpu: bool) -> np.ndarray:
     if event.kind == COMPUTE or not event.hides:
         return np.zeros(event.seconds.shape, np.int8)
     sync = event.n_bytes[KINDS.index("all_to_all")] + event.n_bytes[KINDS.index("all_reduce")]
-    free = _EARLY if event.kind == RESHARD else _LATE
+    free = _LATE if event.late else _EARLY
     if gpu:
         return np.full(event.seconds.shape, free, np.int8)
     if event.waits is not None:

@@ -1,18 +1,70 @@
-"""A lower bound of the simulated step time over all choices on one mesh.
+"""Lower bounds of the simulated step time over all choices on one mesh, and the plans behind them.
 
-The computation lane executes every operator and stops for every collective that cannot hide, so the
-simulated time is at least the additive score with hideable collectives priced at nothing. That score
-is bounded below by the dual of its table problem without the memory limit.
+Each round answers the mean of the paths so far (:mod:`cost_model.critical`) with the assignment that
+makes it short, and takes the longest path under the mean of those assignments. The dual of a round's
+table problem bounds the step time of every plan that fits; its assignment is often a better plan
+than that of any fixed price of hideable communication, because only what is on the path is charged.
 """
 
 from __future__ import annotations
 
-from cost_model.tables import Tables
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from cost_model.simulate import Simulator
 
 
-def simulation_bound_s(tables: Tables, time_limit_s: float = 0.5) -> float:
-    """Seconds that no assignment on this mesh can beat in simulation."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Round:
+    """One answer to a mean of paths."""
+
+    bound_s: float
+    """No plan on this mesh that fits takes less."""
+    choices: np.ndarray
+    """[nodes] what makes the paths short; it need not fit."""
+
+
+def rounds(
+    simulator: Simulator,
+    choices: np.ndarray,
+    *,
+    limit_bytes: float,
+    time_limit_s: float,
+    max_evaluations: int | None = None,
+) -> Iterator[Round]:
+    """Rounds without end, from the longest path of ``choices`` ([nodes]) on.
+
+    Args:
+      simulator: the judge.
+      choices: an assignment that the first path is taken from; the better, the better the bound.
+      limit_bytes: memory that plans must keep, by :meth:`Simulator.peak_memory_bytes`.
+      time_limit_s: of one round.
+      max_evaluations: as for :func:`placement.solver.solve`.
+    """
+    from cost_model.critical import Paths
+    from cost_model.operands import with_operands
     from placement.solver import solve
 
-    free = tables.at(0.0, usage_limit_bytes=float("inf"))
-    return max(0.0, float(solve(free.problem, time_limit_s=time_limit_s).lower_bound))
+    paths = Paths(simulator)
+    seconds = paths.durations(choices)
+    path, _ = paths.longest(seconds)
+    played = 1
+    while True:
+        # What stays on chip is no device memory, whichever bytes it is.
+        problem = paths.problem(path, limit_bytes + simulator.on_chip_bytes)
+        found = solve(problem, time_limit_s=time_limit_s, max_evaluations=max_evaluations)
+        answer = fitting = np.asarray(found.assignment, np.int64)
+        if found.feasible and simulator.peak_memory_bytes(answer) > limit_bytes:
+            counted = with_operands(problem, simulator.tables.operands)
+            counted = dataclasses.replace(counted, usage_limit=limit_bytes)
+            again = solve(
+                counted, time_limit_s=time_limit_s, max_evaluations=max_evaluations, bound=False
+            )
+            fitting = np.asarray(again.assignment, np.int64)
+        yield Round(bound_s=max(0.0, float(found.lower_bound)), choices=fitting)
+        played += 1
+        share = 2.0 / (played + 1)
+        seconds = (1.0 - share) * seconds + share * paths.durations(answer)
+        path = path.towards(paths.longest(seconds)[0], share)

@@ -16,6 +16,12 @@ LEARNED = "learned"
 """Name of the learned optimizer: the policy orders the meshes, the engine completes each."""
 EXPOSURES = (0.3, 1.0)
 """Shares of hideable communication at which tables are priced; the simulation judges the results."""
+ROUNDS = 16
+"""Most rounds of :func:`placement.bound.rounds` on one mesh."""
+QUIET_ROUNDS = 5
+"""Rounds without gain after which a mesh is left."""
+WORTH_A_ROUND = 5e-4
+"""Relative gain that counts as one; meshes whose bound comes as near to the best plan are left."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -98,7 +104,6 @@ class MeshSearch:
         from cost_model.operands import with_operands
         from cost_model.simulate import Simulator
         from cost_model.tables import build_tables
-        from placement.bound import simulation_bound_s
         from placement.optimizers import HAND_TUNED, OPTIMIZERS, Budget
 
         propose = OPTIMIZERS[self.optimizer]
@@ -111,17 +116,11 @@ class MeshSearch:
             memo=self.memo,
         )
         simulator = Simulator.of(base)
-        self.bounds.append(simulation_bound_s(base, self._slice(remaining)))
-        for exposure in EXPOSURES if self.optimizer in ("search", "exact") else EXPOSURES[:1]:
+        first = len(self.candidates)
+        searches = self.optimizer in ("search", "exact")
+        for exposure in EXPOSURES if searches else EXPOSURES[:1]:
             tables = base.at(exposure)
-            evaluations = None
-            if self.max_evaluations is not None:
-                evaluations = max(1, self.max_evaluations - self.evaluations)
-            found = propose(
-                tables,
-                self.seed,
-                Budget(time_limit_s=self._slice(remaining), max_evaluations=evaluations),
-            )
+            found = propose(tables, self.seed, self._budget(Budget, remaining))
             self.evaluations += found.evaluations
             memory = self._judge(layout, simulator, found)
             if found.feasible and memory > self.limit and self.optimizer not in HAND_TUNED:
@@ -129,12 +128,69 @@ class MeshSearch:
                 found = propose(
                     dataclasses.replace(tables, problem=counted),
                     self.seed,
-                    Budget(time_limit_s=self._slice(remaining), max_evaluations=evaluations),
+                    self._budget(Budget, remaining),
                 )
                 self.evaluations += found.evaluations
                 self._judge(layout, simulator, found)
             if self._expired():
                 break
+        self._shorten_paths(layout, simulator, first, ROUNDS if searches else 1, remaining)
+
+    def _budget(self, budget, remaining: int):
+        left = None
+        if self.max_evaluations is not None:
+            left = max(1, self.max_evaluations - self.evaluations)
+        return budget(time_limit_s=self._slice(remaining), max_evaluations=left)
+
+    def _shorten_paths(self, layout, simulator, first: int, n_rounds: int, remaining: int) -> None:
+        """The bound of a layout; and plans that charge what its simulated step waits for.
+
+        Goes on from the best of the candidates from ``first`` on, while it pays.
+        """
+        from cost_model.estimate import table_cost
+        from placement.bound import rounds
+        from placement.optimizers.interface import Assignment
+
+        own = self.candidates[first:]
+        start = min(own, key=lambda c: (c.memory_bytes > self.limit, c.step_time_s))
+        until = time.monotonic() + self._slice(remaining)
+        bound, quiet, best = 0.0, 0, start.step_time_s
+        for n, found in enumerate(
+            rounds(
+                simulator,
+                start.choices,
+                limit_bytes=self.limit,
+                time_limit_s=self._slice(remaining) / 2,
+            )
+        ):
+            gained = found.bound_s > bound * (1 + WORTH_A_ROUND)
+            bound = max(bound, found.bound_s)
+            if n_rounds > 1 and not np.array_equal(found.choices, start.choices):
+                judged = Assignment(
+                    choices=found.choices,
+                    table_cost_s=table_cost(simulator, found.choices),
+                    lower_bound_s=0.0,
+                    feasible=True,
+                    evaluations=1,
+                )
+                self.evaluations += 1
+                memory = self._judge(layout, simulator, judged)
+                last = self.candidates[-1]
+                if memory > self.limit or last.score >= start.score:
+                    self.candidates.pop()
+                elif last.step_time_s < best:
+                    gained, best = True, last.step_time_s
+            quiet = 0 if gained else quiet + 1
+            known = min((c.step_time_s for c in self._fitting()), default=np.inf)
+            if (
+                n + 1 >= n_rounds
+                or quiet >= QUIET_ROUNDS
+                or bound >= known * (1 - WORTH_A_ROUND)
+                or time.monotonic() >= until
+                or self._expired()
+            ):
+                break
+        self.bounds.append(bound)
 
     def _judge(self, layout, simulator, found) -> float:
         """Add the candidate; its peak memory, bytes."""
@@ -216,7 +272,7 @@ class MeshSearch:
                 estimate(best.simulator, best.choices, pinned=self.pins),
                 table_cost_s=best.table_cost_s,
             ),
-            lower_bound_s=0.0 if self.skipped else min(self.bounds, default=0.0),
+            lower_bound_s=self._bound(best.step_time_s if fitting else 0.0),
             table_bound_s=best.table_bound_s,
             evaluations=self.evaluations,
             planning_time_s=time.monotonic() - start,
@@ -241,6 +297,10 @@ class MeshSearch:
                 for menu, k in zip(best.simulator.tables.choices, best.choices)
             ),
         )
+
+    def _bound(self, found_s: float) -> float:
+        """Of all meshes, given the step time of the best plan; 0 where some were not tried."""
+        return 0.0 if self.skipped else min(found_s, *self.bounds)
 
     def _slice(self, remaining: int) -> float:
         """Seconds one of three solves of a layout may take, when `remaining` layouts are left."""

@@ -112,7 +112,7 @@ def test_a_seed_gives_one_result(instance, name):
 
 def test_engine_opens_everything_and_scoring_finds_nothing_much_better(instance):
     whole = BASELINES["engine"](instance.fork(), max_evaluations=1 << 30, time_limit_s=1e9, seed=0)
-    assert whole.total_evaluations == 2 * len(instance.outers)
+    assert whole.total_evaluations >= 3 * len(instance.outers)
     found = BASELINES["evolution"](instance.fork(), max_evaluations=60, time_limit_s=60.0, seed=0)
     assert whole.step_time_s[-1] < 1.05 * found.step_time_s[-1]
 

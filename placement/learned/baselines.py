@@ -34,7 +34,7 @@ from placement.learned.genome import (
     n_options,
 )
 from placement.learned.instance import SOLVER_STEPS, Instance, Outcome, Outer
-from placement.mesh_search import EXPOSURES
+from placement.mesh_search import EXPOSURES, QUIET_ROUNDS, ROUNDS, WORTH_A_ROUND
 from placement.whole import REMAT
 
 Baseline = Callable[..., Curve]
@@ -249,10 +249,24 @@ def engine_random(
 
 
 def _complete(instance: Instance, recorder: Recorder, outer: Outer) -> None:
-    """By message passing, at each exposure that the product tries."""
+    """By message passing, as the product does: at each exposure, then on the paths of the simulation
+    while the bound of the candidate leaves room."""
+    plans = []
     for exposure in EXPOSURES:
         if not recorder.over():
-            recorder.offer(outer, instance.evaluate(outer, exposure=exposure))
+            plans.append(recorder.offer(outer, instance.evaluate(outer, exposure=exposure)))
+    if recorder.over():
+        return
+    start = min(plans, key=lambda x: (not x.fits, x.step_time_s))
+    bound = quiet = 0
+    for _, (own_bound, outcome) in zip(range(ROUNDS), instance.shorten(outer, start.choices)):
+        before = recorder.best.step_time_s if recorder.best else math.inf
+        recorder.offer(outer, outcome)
+        best = recorder.best.step_time_s if recorder.best else math.inf
+        gained = best < before or own_bound > bound * (1 + WORTH_A_ROUND)
+        bound, quiet = max(bound, own_bound), 0 if gained else quiet + 1
+        if recorder.over() or bound >= best * (1 - WORTH_A_ROUND) or quiet >= QUIET_ROUNDS:
+            return
 
 
 def product_order(instance: Instance, recorder: Recorder) -> Iterator[Outer]:

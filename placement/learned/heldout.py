@@ -23,6 +23,7 @@ import hashlib
 import importlib.resources
 import inspect
 import json
+import math
 import pathlib
 import re
 import sys
@@ -42,6 +43,8 @@ NO_LIMIT = 1 << 30
 COMMAND = "command.txt"
 """File of a folder that says by what its runs were made."""
 _COMMAND = "meshwright evaluate suite=heldout"
+BOUND_S, BOUND_ROUNDS = 0.5, 16
+"""Seconds of one round of a candidate's bound, and most rounds."""
 
 
 def evaluate(
@@ -219,7 +222,7 @@ def _run(folder, problem, todo, runners, max_axes: int, wants_bound: bool, secon
         )
         row = common | dict(
             optimizer=name, seed=seed, max_evaluations=budget, time_limit_s=seconds,
-            curve=curve.to_dict(),
+            traced_s=instance.tracing_s, curve=curve.to_dict(),
         )  # fmt: skip
         _write(_path(folder, problem.name, name, seed), row)
         best = curve.step_time_s[-1] if curve.step_time_s else float("nan")
@@ -265,9 +268,30 @@ def judge_id() -> str:
 
 def bound_s(instance) -> float:
     """A lower bound of the simulated step time over all candidates."""
-    from placement.bound import simulation_bound_s
+    from placement.bound import rounds
 
-    return min(simulation_bound_s(instance.tables(o), 5.0) for o in instance.outers)
+    best, bounds = math.inf, []
+    for outer in instance.outers:
+        outcome = instance.evaluate(outer)
+        if outcome.fits:
+            best = min(best, outcome.step_time_s)
+        bound = 0.0
+        for n, found in enumerate(
+            rounds(
+                instance.simulator(outer),
+                outcome.choices,
+                limit_bytes=instance.limit_bytes,
+                time_limit_s=BOUND_S,
+            )
+        ):
+            bound = max(bound, found.bound_s)
+            judged = instance.judge(outer, found.choices)
+            if judged.fits:
+                best = min(best, judged.step_time_s)
+            if bound >= best or n + 1 == BOUND_ROUNDS:
+                break
+        bounds.append(bound)
+    return min(best, *bounds)
 
 
 def _path(folder: pathlib.Path, problem: str, optimizer: str, seed: int) -> pathlib.Path:

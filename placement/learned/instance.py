@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,6 +112,12 @@ class Instance:
         return time.process_time() - self._start_s + self._charged_s
 
     @property
+    def tracing_s(self) -> float:
+        """Processor seconds that it took to trace the base program."""
+        _ = self.base
+        return self._store.cost_s["program", REMAT[0], 1]
+
+    @property
     def base(self) -> Grouping:
         """The program with full rematerialisation and one microbatch."""
         return self.grouping(REMAT[0], 1)
@@ -159,6 +166,25 @@ class Instance:
         else:
             choices = self._complete(simulator, prior, exposure, time_limit_s)
         return self.judge(outer, choices, began=began)
+
+    def shorten(self, outer: Outer, choices: np.ndarray) -> Iterator[tuple[float, Outcome]]:
+        """:func:`placement.bound.rounds` from a plan on: (bound of the candidate, plan judged).
+
+        Each is one evaluation. As in :meth:`evaluate`, the engine stops after SOLVER_STEPS.
+        """
+        from placement.bound import rounds
+
+        found = rounds(
+            self._judge(outer),
+            choices,
+            limit_bytes=self.limit_bytes,
+            time_limit_s=60.0,
+            max_evaluations=SOLVER_STEPS,
+        )
+        while True:
+            began = self.seconds()
+            one = next(found)
+            yield one.bound_s, self.judge(outer, one.choices, began=began)
 
     def judge(self, outer: Outer, choices: np.ndarray, *, began: float | None = None) -> Outcome:
         """Score a complete plan: one evaluation."""

@@ -6,7 +6,9 @@ simulation judges.
 2. Each result corrects what is believed of candidates alike (:mod:`placement.learned.surrogate`);
    the next one is that with the greatest expected improvement. Those without any are left for when
    nothing else is: the value head prunes them.
-3. On the best candidates the engine is asked again under other prices of hideable communication.
+3. On the best candidates the engine is asked again under other prices of hideable communication,
+   then for what makes the longest paths through the simulation short (:mod:`placement.bound`), as
+   long as their bound leaves room.
 4. Then single decisions of the best plan are changed, judged by the simulation, while it improves.
 5. What is left of a budget of more than SHALLOW evaluations is spent on local search
    (:mod:`placement.learned.deepen`).
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -29,6 +31,7 @@ from placement.learned.instance import Instance, Outcome, Outer
 from placement.learned.policy import Policy, Proposal, load_policy
 from placement.learned.scoring import fit_score
 from placement.learned.surrogate import Surrogate
+from placement.mesh_search import WORTH_A_ROUND
 from placement.whole import REMAT
 
 NEAR = 0.5
@@ -42,6 +45,8 @@ CAUTION = 1.15
 """Times the expected seconds that have to be left."""
 EXPOSURES = (1.0, 0.1)
 """Other shares of hideable communication charged, besides the instance's own."""
+ROUNDS = 12
+"""Most rounds on the paths of one candidate."""
 WORTH = 2e-4
 """Expected relative improvement below which no candidate is opened while others can be refined."""
 OPENED = 24
@@ -133,12 +138,15 @@ class _Search:
         self.closed = np.zeros(len(proposal.score), bool)
         self.plans: dict[int, Outcome] = {}
         self.tried: set[tuple[int, float]] = set()
+        self.paths: dict[int, Iterator[tuple[float, Outcome]]] = {}
+        self.rounds: dict[int, int] = {}
+        self.bound: dict[int, float] = {}
 
     def run(self) -> None:
         recorder = self.recorder
         while not recorder.over():
             k = self._next()
-            if k is None and not self._again():
+            if k is None and not (self._again() or self._shorten()):
                 break
             if k is not None:
                 self._open(k)
@@ -235,6 +243,23 @@ class _Search:
                 outer = self.instance.outers[k]
                 self._take(k, self.instance.evaluate(outer, exposure=exposure))
                 return True
+        return False
+
+    def _shorten(self) -> bool:
+        """One more plan for a best candidate, from the paths of its plans; whether there was one."""
+        best = self._best()
+        for k in best:
+            room = self.bound.get(k, 0.0) < self.plans[best[0]].step_time_s * (1 - WORTH_A_ROUND)
+            if self.recorder.over() or not room or self.rounds.get(k, 0) >= ROUNDS:
+                continue
+            if k not in self.paths:
+                outer = self.instance.outers[k]
+                self.paths[k] = self.instance.shorten(outer, self.plans[k].choices)
+            bound, outcome = next(self.paths[k])
+            self.rounds[k] = self.rounds.get(k, 0) + 1
+            self.bound[k] = max(bound, self.bound.get(k, 0.0))
+            self._take(k, outcome)
+            return True
         return False
 
     def _take(self, k: int, outcome: Outcome) -> bool:

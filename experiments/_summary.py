@@ -84,7 +84,7 @@ def plan_lines(plan: Any, title: str, cluster: Any, tokens: int | None) -> Itera
     )
     if plan.checkpoint_policy:
         yield f"  checkpoint  jax.checkpoint_policies.{plan.checkpoint_policy}"
-    if plan.lower_bound_s:
+    if 0.0 < plan.lower_bound_s < float("inf"):
         gap = estimate.step_time_s / plan.lower_bound_s - 1
         yield (
             f"  optimality  no plan is faster than {words.seconds(plan.lower_bound_s)} under the "

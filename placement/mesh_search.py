@@ -272,7 +272,7 @@ class MeshSearch:
                 estimate(best.simulator, best.choices, pinned=self.pins),
                 table_cost_s=best.table_cost_s,
             ),
-            lower_bound_s=self._bound(best.step_time_s if fitting else 0.0),
+            lower_bound_s=self._bound(best.step_time_s if fitting else np.inf),
             table_bound_s=best.table_bound_s,
             evaluations=self.evaluations,
             planning_time_s=time.monotonic() - start,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -70,7 +71,8 @@ class Plan:
     """Of the traced program; a plan is refused for another program."""
     estimate: Estimate
     lower_bound_s: float
-    """No plan in the searched space takes less simulated time."""
+    """No plan in the searched space takes less simulated time; 0 where it was not searched whole, inf
+    where it is proven that none fits."""
     table_bound_s: float
     """Lower bound of the additive score on the chosen mesh."""
     evaluations: int
@@ -255,6 +257,7 @@ class Plan:
             for f in dataclasses.fields(self)
             if f.name not in _WRITTEN_APART
         }
+        data["lower_bound_s"] = self.lower_bound_s if math.isfinite(self.lower_bound_s) else None
         data["placement"] = [[dataclasses.asdict(x) for x in axis] for axis in self.placement]
         data["estimate"] = self.estimate.to_dict()
         data["inputs"] = [dataclasses.asdict(x) for x in self.inputs]
@@ -327,6 +330,8 @@ class Plan:
         names = {f.name for f in dataclasses.fields(cls)} - {"trees", "assignment"}
         fields = {k: v for k, v in data.items() if k in names}
         fields["placement"] = tuple(tuple(Factor(**f) for f in axis) for axis in data["placement"])
+        if fields["lower_bound_s"] is None:
+            fields["lower_bound_s"] = math.inf
         fields["estimate"] = Estimate.from_dict(data["estimate"])
         fields["inputs"] = tuple(leaf(x) for x in data["inputs"])
         fields["outputs"] = tuple(leaf(x) for x in data["outputs"])

@@ -1,5 +1,8 @@
 """The Python API: properties of plans, and one sentence for bad input."""
 
+import json
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -114,13 +117,17 @@ def test_bad_input_gets_one_sentence(change, sentence):
     assert "\n" not in str(error.value)
 
 
-def test_a_model_that_cannot_fit_says_the_least_memory_and_the_smallest_cluster():
+def test_a_model_that_cannot_fit_says_the_least_memory_and_the_smallest_cluster(tmp_path):
     step, args = mlp_step(8, scan=True, scale=512)
     with pytest.raises(InfeasibleError, match="GiB per device") as error:
         placement.optimize(step, *args, cluster="v5e:2x2", donate_argnums=(0, 1))
     assert "v5e:" in str(error.value)
     plan = placement.optimize(step, *args, cluster="v5e:2x2", donate_argnums=(0, 1), throw=False)
     assert plan.status != "feasible"
+    assert plan.lower_bound_s == math.inf  # proven, not only not found
+    path = plan.save(tmp_path / "plan.json")
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["lower_bound_s"] is None
+    assert placement.Plan.load(path).lower_bound_s == math.inf
 
 
 def test_a_rule_that_does_not_fit_is_not_replaced_by_another_plan():

@@ -86,7 +86,7 @@ def report_data(
         capacity_bytes=cluster.device.hbm_capacity_bytes,
         planning_time_s=plan.planning_time_s,
         evaluations=plan.evaluations,
-        lower_bound_s=plan.lower_bound_s or None,
+        lower_bound_s=plan.lower_bound_s if 0 < plan.lower_bound_s < math.inf else None,
         p10_s=estimate.p10_s,
         p90_s=estimate.p90_s,
         energy_j=estimate.energy_j,

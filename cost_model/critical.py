@@ -2,20 +2,22 @@
 
 The simulation makes one lane wait for the other at known places, so that a step takes at least as
 long as any path through its events that changes lanes only there. In each stretch between loop
-boundaries, where both lanes start together, a path
+boundaries both lanes start together. From there a path
 
-1. begins on the network lane and executes its collectives, up to any place before the first gradient
-   reduction (until then the network never ends later than the computation that waits for it);
-2. goes on along the computation lane;
-3. and may end on the network lane with the gradient reductions from one of them on, which starts no
-   earlier than the operator before it.
+* leaves the computation lane where a collective starts that hides behind what follows (a gradient
+  reduction): no earlier than the operator before it;
+* leaves the network lane where computation waits for a gather.
 
-Collectives that stop computation lie on every path. The length of a path is a sum over events, thus
-over choices of nodes and pairs of nodes: a table problem whose least cost bounds the simulated time
-of every assignment from below, and so does that of any mean of paths. The best such bound is the
-value of a game, of a path that wants to be long against choices that want it short; its rounds are
-Brown's fictitious play (Brown 1951, "Iterative solution of games by fictitious play"), each answer
-being that to the mean of what the other has played.
+Collectives that stop computation lie on every path. Whether computation waits for a gather depends
+on whether there is one, which is a choice. A *certain* path is one for all choices: it leaves the
+network lane only before the first gradient reduction, until which the network never ends later than
+the computation, and counts no gathers after one.
+
+The length of a path is a sum over choices of nodes and of pairs of nodes: a table problem. Of certain
+paths, and of means of them, its least cost bounds the simulated time of every assignment from below.
+The best such bound is the value of a game, of a path that wants to be long against choices that want
+it short; its rounds are fictitious play (Brown 1951, "Iterative solution of games by fictitious
+play"), each answer being that to the mean of what the other has played.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ class Paths:
             ],
             np.int64,
         )
-        self._late = np.array([e.hides and e.late for e in s.tables.events], bool)
+        self._role = np.array([_role(e) for e in s.tables.events], np.int64)
         self._stretch, self.turns = _stretches(s.op, s.region_start, s.region_stop, s.region_trips)
         """[events] how often a step executes each."""
 
@@ -75,10 +77,13 @@ class Paths:
             s.n_columns, s.rows, s.row_offset, s.columns, s.column_offset,
         )  # fmt: skip
 
-    def longest(self, durations: np.ndarray) -> tuple[Path, float]:
-        """The longest path where events take these seconds ([events, 3]), and its seconds."""
+    def longest(self, durations: np.ndarray, *, certain: bool) -> tuple[Path, float]:
+        """A long path where events take these seconds ([events, 3], or a mean), and its seconds.
+
+        ``certain``: one that is a path whatever is chosen.
+        """
         computed, hidden, length = _longest(
-            durations, self.simulator.kind == COMPUTE, self._late, self._stretch, self.turns
+            durations, self._role, self._stretch, self.turns, certain
         )
         return Path(computed=computed, hidden=hidden), length
 
@@ -95,6 +100,19 @@ class Paths:
         return dataclasses.replace(
             p, node_costs=nodes, edge_costs=edges, usage_limit=usage_limit_bytes
         )
+
+
+_COMPUTES, _STOPS, _GATHERS, _REDUCES = 0, 1, 2, 3
+"""What an event is to a path: an operator, a collective that always stops computation, one that
+computation waits for, one that hides behind what follows."""
+
+
+def _role(event) -> int:
+    if event.kind == COMPUTE:
+        return _COMPUTES
+    if not event.hides:
+        return _STOPS
+    return _REDUCES if event.late else _GATHERS
 
 
 @numba.njit(cache=True)
@@ -144,48 +162,75 @@ def _durations(
 
 
 @numba.njit(cache=True)
-def _longest(durations, computes, late, stretch, turns):
-    n = len(computes)
+def _longest(durations, role, stretch, turns, certain):
+    """Greedy in program order; turns between lanes are kept as a tree, each with the one before it."""
+    n = len(role)
     computed, hidden = np.zeros(n), np.zeros(n)
+    # A turn off the computation lane leaves before operator `leaves` and goes on with reduction
+    # `enters`; one onto it leaves after collective `leaves`.
+    earlier = np.full(2 * n + 2, -1)
+    leaves, enters = np.zeros(2 * n + 2, np.int64), np.zeros(2 * n + 2, np.int64)
+    n_turns = 0
     length = 0.0
     first = 0
     while first < n:
         stop = first
         while stop < n and stretch[stop] == stretch[first]:
             stop += 1
-        network, compute, ending = 0.0, 0.0, -1.0
-        left = first  # from here on the path is on the computation lane
-        before, before_at, before_left = 0.0, first, first
-        ends_left, ends_at, ends_from = first, first, stop
-        seen = False
+        network = compute = 0.0
+        onto = -1  # the latest turn onto the computation lane
+        before, before_at, before_onto = 0.0, first, -1  # at the start of the latest operator
+        away, off = -1.0, -1  # on the network after the latest turn off
+        reduced = False
         for e in range(first, stop):
-            if computes[e]:
-                before, before_at, before_left = compute, e, left
+            if role[e] == 0:
+                before, before_at, before_onto = compute, e, onto
                 compute += durations[e, 0]
                 continue
             blocks, hides = durations[e, 1], durations[e, 2]
-            if late[e]:
-                seen = True
-                if before > ending:
-                    ending, ends_left, ends_at, ends_from = before, before_left, before_at, e
+            if role[e] == 3:
+                reduced = True
+                if before > away:
+                    away, off = before, n_turns
+                    earlier[off], leaves[off], enters[off] = before_onto, before_at, e
+                    n_turns += 1
             network += blocks + hides
             compute += blocks
             before += blocks
-            if ending >= 0.0:
-                ending += blocks + (hides if late[e] else 0.0)
-            if not seen and network > compute:
-                compute, left = network, e + 1
-        longest = max(network, max(compute, ending))
+            if off >= 0:
+                away += blocks + (hides if role[e] == 3 or not certain else 0.0)
+            left, previous = compute, -2
+            if not reduced or (not certain and role[e] == 2 and hides > 0.0):
+                if network > left:
+                    left, previous = network, -1
+                if off >= 0 and away > left:
+                    left, previous = away, off
+            if previous > -2:
+                compute, onto = left, n_turns
+                earlier[onto], leaves[onto] = previous, e
+                n_turns += 1
+        longest = max(network, max(compute, away))
         length += turns[first] * longest
-        for e in range(first, stop):
-            if longest == compute:
-                on, off = e >= left, e < left
-            elif longest == network:
-                on, off = False, True
+        # Back from the end of the stretch.
+        at, on_network, turn = stop, True, -1
+        if longest == compute:
+            on_network, turn = False, onto
+        elif longest == away:
+            turn = off
+        while True:
+            if on_network:
+                gathers = turn < 0 or not certain
+                for e in range(first if turn < 0 else enters[turn], at):
+                    if role[e] == 3 or (role[e] == 2 and gathers):
+                        hidden[e] = 1.0
             else:
-                on = ends_left <= e < ends_at
-                off = e < ends_left or (e >= ends_from and late[e])
-            computed[e], hidden[e] = on and computes[e], off and not computes[e]
+                for e in range(first if turn < 0 else leaves[turn] + 1, at):
+                    if role[e] == 0:
+                        computed[e] = 1.0
+            if turn < 0:
+                break
+            at = leaves[turn] if on_network else leaves[turn] + 1
+            turn, on_network = earlier[turn], not on_network
         first = stop
     return computed, hidden, length
 

@@ -1,14 +1,16 @@
 """Lower bounds of the simulated step time over all choices on one mesh, and the plans behind them.
 
-Each round answers the mean of the paths so far (:mod:`cost_model.critical`) with the assignment that
-makes it short, and takes the longest path under the mean of those assignments. The dual of a round's
-table problem bounds the step time of every plan that fits; its assignment is often a better plan
-than that of any fixed price of hideable communication, because only what is on the path is charged.
+Each round answers a mean of paths through the simulation (:mod:`cost_model.critical`) with the
+assignment that makes it short, and takes the longest path under the mean of all answers so far. Rounds
+on certain paths and on any path take turns: the dual of the former's table problem bounds the step
+time of every plan that fits, and the answers of both are often better plans than that of any fixed
+price of hideable communication, because only what the step waits for is charged.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,7 +23,7 @@ class Round:
     """One answer to a mean of paths."""
 
     bound_s: float
-    """No plan on this mesh that fits takes less."""
+    """No plan on this mesh that fits takes less; 0 where the paths were not certain."""
     choices: np.ndarray
     """[nodes] what makes the paths short; it need not fit."""
 
@@ -49,12 +51,14 @@ def rounds(
 
     paths = Paths(simulator)
     seconds = paths.durations(choices)
-    path, _ = paths.longest(seconds)
-    played = 1
-    while True:
+    means = {certain: paths.longest(seconds, certain=certain)[0] for certain in (True, False)}
+    for played in itertools.count(1):
+        certain = played % 2 == 1
         # What stays on chip is no device memory, whichever bytes it is.
-        problem = paths.problem(path, limit_bytes + simulator.on_chip_bytes)
-        found = solve(problem, time_limit_s=time_limit_s, max_evaluations=max_evaluations)
+        problem = paths.problem(means[certain], limit_bytes + simulator.on_chip_bytes)
+        found = solve(
+            problem, time_limit_s=time_limit_s, max_evaluations=max_evaluations, bound=certain
+        )
         answer = fitting = np.asarray(found.assignment, np.int64)
         if found.feasible and simulator.peak_memory_bytes(answer) > limit_bytes:
             counted = with_operands(problem, simulator.tables.operands)
@@ -63,8 +67,8 @@ def rounds(
                 counted, time_limit_s=time_limit_s, max_evaluations=max_evaluations, bound=False
             )
             fitting = np.asarray(again.assignment, np.int64)
-        yield Round(bound_s=max(0.0, float(found.lower_bound)), choices=fitting)
-        played += 1
-        share = 2.0 / (played + 1)
+        yield Round(bound_s=max(0.0, float(found.lower_bound)) if certain else 0.0, choices=fitting)
+        share = 2.0 / (played + 2)
         seconds = (1.0 - share) * seconds + share * paths.durations(answer)
-        path = path.towards(paths.longest(seconds)[0], share)
+        for kind, mean in means.items():
+            means[kind] = mean.towards(paths.longest(seconds, certain=kind)[0], share)

@@ -43,7 +43,7 @@ NO_LIMIT = 1 << 30
 COMMAND = "command.txt"
 """File of a folder that says by what its runs were made."""
 _COMMAND = "meshwright evaluate suite=heldout"
-BOUND_S, BOUND_ROUNDS = 0.5, 16
+BOUND_S, BOUND_ROUNDS = 1.0, 32
 """Seconds of one round of a candidate's bound, and most rounds."""
 
 
@@ -249,12 +249,12 @@ def _warm_up() -> None:
     instance.evaluate(instance.outers[0])
 
 
-_UNREAD = re.compile(r"jobs/|data/|energy|.*(step_bands|collectives_published)")
+_UNREAD = re.compile(r"jobs/|data/|energy|.*(step_bands|collectives_published|critical)")
 
 
 def judge_id() -> str:
     """Names the state of the judge: a hash of the sources and data of graphs and cost_model, those
-    of whole jobs, energy and error bands left out, which it does not read."""
+    of whole jobs, energy, error bands and paths left out, which it does not read."""
     digest = hashlib.sha256()
     for package in ("graphs", "cost_model"):
         root = pathlib.Path(str(importlib.resources.files(package)))

@@ -28,6 +28,29 @@ class Round:
     """[nodes] what makes the paths short; it need not fit."""
 
 
+def computation_bound_s(
+    simulator: Simulator,
+    *,
+    limit_bytes: float,
+    time_limit_s: float,
+    enough_s: float,
+) -> float:
+    """Seconds that no plan on this mesh that fits can take less, by the computation lane alone.
+
+    Needs no plan to begin at, and ends where the bound is ``enough_s``: cheaper than to find a plan
+    on a mesh that is no good.
+    """
+    from cost_model.critical import Path, Paths
+    from placement.solver import solve
+
+    every = np.ones(len(simulator.kind))
+    problem = Paths(simulator).problem(
+        Path(computed=every, hidden=0.0 * every), limit_bytes + simulator.on_chip_bytes
+    )
+    found = solve(problem, time_limit_s=time_limit_s, enough=enough_s)
+    return max(0.0, float(found.lower_bound))
+
+
 def rounds(
     simulator: Simulator,
     choices: np.ndarray,

@@ -104,6 +104,7 @@ class MeshSearch:
         from cost_model.operands import with_operands
         from cost_model.simulate import Simulator
         from cost_model.tables import build_tables
+        from placement.bound import computation_bound_s
         from placement.optimizers import HAND_TUNED, OPTIMIZERS, Budget
 
         propose = OPTIMIZERS[self.optimizer]
@@ -118,6 +119,18 @@ class MeshSearch:
         simulator = Simulator.of(base)
         first = len(self.candidates)
         searches = self.optimizer in ("search", "exact")
+        known = min((c.step_time_s for c in self._fitting()), default=np.inf)
+        if searches and self.objective in ("time", "cost") and known < np.inf:
+            enough_s = known * (1 - WORTH_A_ROUND)
+            bound = computation_bound_s(
+                simulator,
+                limit_bytes=self.limit,
+                time_limit_s=self._slice(remaining),
+                enough_s=enough_s,
+            )
+            if bound >= enough_s:
+                self.bounds.append(bound)
+                return
         for exposure in EXPOSURES if searches else EXPOSURES[:1]:
             tables = base.at(exposure)
             found = propose(tables, self.seed, self._budget(Budget, remaining))

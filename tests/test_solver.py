@@ -123,6 +123,14 @@ def test_engine_is_close_to_exact_and_bound_holds(seed):
     assert exact.cost <= found.cost <= exact.cost * 1.02
 
 
+def test_a_solve_may_end_at_a_bound():
+    problem = random_problem(3, 40, 6, 0.2, 0.4)
+    whole = solver.solve(problem, time_limit_s=2.0)
+    early = solver.solve(problem, time_limit_s=2.0, enough=0.5 * whole.lower_bound)
+    assert 0.5 * whole.lower_bound <= early.lower_bound <= whole.cost * (1 + 1e-9)
+    assert early.evaluations < whole.evaluations
+
+
 def test_trees_without_limit_are_closed_exactly():
     rng = np.random.default_rng(0)
     problem = random_problem(3, 30, 8, 0.0, None)

@@ -42,6 +42,7 @@ def solve(
     on_progress: Callable[[Progress], None] | None = None,
     patient: bool = False,
     propose: Callable[[Reduced], np.ndarray] | None = None,
+    enough: float = math.inf,
 ) -> Solution:
     """Near-optimal assignment with a dual bound.
 
@@ -49,7 +50,7 @@ def solve(
     processors, with branch and cut where the problem is small enough; otherwise small problems
     end once nothing has improved for long.
 
-    ``initial`` ([N] strategies) is improved upon, never returned worse. ``propose`` gives states of
+    It ends as soon as the bound is ``enough``. ``initial`` ([N] strategies) is improved upon, never returned worse. ``propose`` gives states of
     the reduced problem, which local search repairs and improves before anything else. With
     ``max_evaluations`` everything runs in one thread, and the same seed gives the same answer where
     the time limit does not bind. Even without time left, one round is made, so as to answer.
@@ -70,6 +71,7 @@ def solve(
         deadline=start + time_limit_s,
         max_evaluations=max_evaluations,
         on_progress=on_progress,
+        enough=enough,
     )
     if initial is not None:
         best.offer_assignment(np.asarray(initial))

@@ -28,11 +28,13 @@ class Incumbent:
         deadline: float,
         max_evaluations: int | None,
         on_progress: Callable[[Progress], None] | None,
+        enough: float = math.inf,
     ) -> None:
         self.reduced, self.core = reduced, reduced.core
         self.start, self.deadline = start, deadline
         self.budget = math.inf if max_evaluations is None else max_evaluations
         self.on_progress = on_progress
+        self.enough = enough
         self.x: np.ndarray | None = None
         """[N] int32 core states."""
         self.cost, self.excess = math.inf, math.inf
@@ -58,7 +60,11 @@ class Incumbent:
         return not self.feasible and self.bound > 0.6 * self.reduced.forbidden
 
     def over(self) -> bool:
-        return self.closed() or self.impossible() or self.expired()
+        return self.closed() or self.impossible() or self.expired() or self.proven()
+
+    def proven(self) -> bool:
+        """The bound is all that was asked for."""
+        return self.bound + self.reduced.constant >= self.enough
 
     def measure(self, x: np.ndarray) -> tuple[float, float, np.ndarray]:
         """Cost of a core assignment, its usage beyond the limit summed over time, and usage [T]."""

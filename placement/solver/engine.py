@@ -51,9 +51,10 @@ def solve(
     end once nothing has improved for long.
 
     It ends as soon as the bound is ``enough``. ``initial`` ([N] strategies) is improved upon, never
-    returned worse. ``propose`` gives states of the reduced problem, which local search repairs and improves before anything else. With
-    ``max_evaluations`` everything runs in one thread, and the same seed gives the same answer where
-    the time limit does not bind. Even without time left, one round is made, so as to answer.
+    returned worse. ``propose`` gives states of the reduced problem, which local search repairs and
+    improves before anything else. With ``max_evaluations`` everything runs in one thread, and the
+    same seed gives the same answer where the time limit does not bind. Even without time left, one
+    round is made, so as to answer.
     """
     start = time.monotonic()
     from placement.solver.ascent import Ascent

@@ -58,6 +58,7 @@ def rounds(
     limit_bytes: float,
     time_limit_s: float,
     max_evaluations: int | None = None,
+    plans: bool = True,
 ) -> Iterator[Round]:
     """Rounds without end, from the longest path of ``choices`` ([nodes]) on.
 
@@ -67,6 +68,7 @@ def rounds(
       limit_bytes: memory that plans must keep, by :meth:`Simulator.peak_memory_bytes`.
       time_limit_s: of one round.
       max_evaluations: as for :func:`placement.solver.solve`.
+      plans: False for rounds on certain paths alone.
     """
     from cost_model.critical import Paths
     from cost_model.operands import with_operands
@@ -76,7 +78,7 @@ def rounds(
     seconds = paths.durations(choices)
     means = {certain: paths.longest(seconds, certain=certain)[0] for certain in (True, False)}
     for played in itertools.count(1):
-        certain = played % 2 == 1
+        certain = played % 2 == 1 or not plans
         # What stays on chip is no device memory, whichever bytes it is.
         problem = paths.problem(means[certain], limit_bytes + simulator.on_chip_bytes)
         found = solve(

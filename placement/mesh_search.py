@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
 
 import numpy as np
+
+from placement.candidate import Candidate
 
 MEMORY_RESERVE = 0.06
 """Share of device memory kept free for the runtime and fragmentation."""
@@ -22,21 +23,6 @@ QUIET_ROUNDS = 5
 """Rounds without gain after which a mesh is left."""
 WORTH_A_ROUND = 5e-4
 """Relative gain that counts as one; meshes whose bound comes as near to the best plan are left."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class Candidate:
-    """One judged assignment."""
-
-    layout: Any
-    simulator: Any
-    choices: np.ndarray
-    optimizer: str
-    step_time_s: float
-    memory_bytes: float
-    score: float
-    table_cost_s: float
-    table_bound_s: float
 
 
 class MeshSearch:
@@ -243,14 +229,8 @@ class MeshSearch:
         return step  # time; money is devices x time, and the devices are given
 
     def plan(self, train_step, abstract_args, donated, start):
-        import jax
-
-        from cost_model.estimate import estimate
-        from cost_model.timeline import timeline
-        from placement.decode import decode
-        from placement.explain import reasons
+        from placement.candidate import plan_of
         from placement.optimizers import HAND_TUNED
-        from placement.plan import Plan
 
         fitting = self._fitting()
         if not fitting and self.optimizer not in HAND_TUNED:  # a rule that does not fit is that
@@ -263,52 +243,18 @@ class MeshSearch:
             status = self._why_not(best)
         elif self.skipped:
             status = "time_limit"
-        inputs, outputs, results, operands, copies = decode(
-            best.simulator.tables, best.choices, pin_operands=self.pins
-        )
-        shapes = jax.eval_shape(train_step, *abstract_args)
-        drawn = timeline(best.simulator, best.choices)
-        return Plan(
-            cluster=best.layout.cluster.notation,
-            mesh_shape=best.layout.mesh.shape,
-            placement=best.layout.placement,
-            optimizer=best.optimizer,
+        return plan_of(
+            best,
+            self.candidates,
+            program=(train_step, abstract_args, donated),
             objective=self.objective,
-            inputs=inputs,
-            outputs=outputs,
-            results=results,
-            operands=operands,
-            copies=copies,
-            donate_argnums=donated,
-            fingerprint=self.grouping.graph.fingerprint,
-            estimate=dataclasses.replace(
-                estimate(best.simulator, best.choices, pinned=self.pins),
-                table_cost_s=best.table_cost_s,
-            ),
+            pin_operands=self.pins,
+            limit_bytes=self.limit,
             lower_bound_s=self._bound(best.step_time_s if fitting else np.inf),
-            table_bound_s=best.table_bound_s,
             evaluations=self.evaluations,
             planning_time_s=time.monotonic() - start,
             status=status,
-            warnings=(*self.grouping.warnings, *self._indivisible()),
-            alternatives=tuple(
-                {
-                    "mesh_shape": c.layout.mesh.shape,
-                    "optimizer": c.optimizer,
-                    "step_time_s": c.step_time_s,
-                    "memory_bytes": c.memory_bytes,
-                    "fits": c.memory_bytes <= self.limit,
-                }
-                for c in sorted(self.candidates, key=lambda c: c.score)
-            ),
-            reasons=reasons(best, self.candidates),
-            timeline=tuple((x.lane, x.name, x.kind, x.start_s, x.end_s) for x in drawn.stretches),
-            memory_over_time=drawn.memory,
-            trees=(jax.tree.structure(tuple(abstract_args)), jax.tree.structure(shapes)),
-            assignment=tuple(
-                (tuple(map(int, menu.place[k])), tuple(map(int, menu.scatter[k])))
-                for menu, k in zip(best.simulator.tables.choices, best.choices)
-            ),
+            warnings=self._indivisible(),
         )
 
     def _bound(self, found_s: float) -> float:

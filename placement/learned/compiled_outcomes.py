@@ -90,8 +90,8 @@ def _plan(instance: Instance, outer: Outer, outcome: Outcome):
     from cost_model.simulate import Simulator
     from cost_model.tables import build_tables
     from graphs.zoo import build_train_step
+    from placement.candidate import Candidate, plan_of
     from placement.learned.instance import EXPOSURE
-    from placement.mesh_search import Candidate, MeshSearch
 
     problem = instance.problem
     step, args, donated = build_train_step(
@@ -112,31 +112,30 @@ def _plan(instance: Instance, outer: Outer, outcome: Outcome):
         exposure=EXPOSURE,
         tied=instance.tied(outer.remat, outer.microbatches),
     )
-    search = MeshSearch(
-        grouping=grouping,
-        layouts=[outer.layout],
+    best = Candidate(
+        layout=outer.layout,
+        simulator=Simulator.of(tables),
+        choices=outcome.choices,
         optimizer="search",
+        step_time_s=outcome.step_time_s,
+        memory_bytes=outcome.memory_bytes,
+        score=outcome.step_time_s,
+        table_cost_s=0.0,
+        table_bound_s=0.0,
+    )
+    plan = plan_of(
+        best,
+        [best],
+        program=(step, args, donated),
         objective="time",
-        deadline=now,
-        grace_s=0.0,
-        max_evaluations=None,
-        seed=0,
-        policy=None,
+        pin_operands=True,
+        limit_bytes=instance.limit_bytes,
+        lower_bound_s=0.0,
+        evaluations=1,
+        planning_time_s=time.monotonic() - now,
+        status="feasible" if outcome.fits else "does not fit",
     )
-    search.candidates.append(
-        Candidate(
-            layout=outer.layout,
-            simulator=Simulator.of(tables),
-            choices=outcome.choices,
-            optimizer="search",
-            step_time_s=outcome.step_time_s,
-            memory_bytes=outcome.memory_bytes,
-            score=outcome.step_time_s,
-            table_cost_s=0.0,
-            table_bound_s=0.0,
-        )
-    )
-    return search.plan(step, args, donated, now), step, args
+    return plan, step, args
 
 
 def chosen(opened: dict[int, Outcome], ranks: Sequence[int] = RANKS) -> list[int]:

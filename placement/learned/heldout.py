@@ -20,6 +20,7 @@ Policies need weights; what is missing is skipped and said.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import importlib.resources
 import inspect
 import json
@@ -267,31 +268,41 @@ def judge_id() -> str:
 
 
 def bound_s(instance) -> float:
-    """A lower bound of the simulated step time over all candidates."""
+    """A lower bound of the simulated step time over all candidates.
+
+    The candidate of the least bound is always the next to get a round, until that bound is the best
+    plan's, or it has had BOUND_ROUNDS.
+    """
     from placement.bound import rounds
 
-    best, bounds = math.inf, []
+    best = math.inf
+    starts = []
     for outer in instance.outers:
         outcome = instance.evaluate(outer)
-        if outcome.fits:
-            best = min(best, outcome.step_time_s)
-        bound = 0.0
-        for n, found in enumerate(
-            rounds(
+        best = min(best, outcome.step_time_s) if outcome.fits else best
+        starts.append(outcome.choices)
+    queue = [(0.0, 0, k) for k in range(len(starts))]  # bound, rounds, candidate
+    running = {}
+    while True:
+        bound, count, k = heapq.heappop(queue)
+        if bound >= best or count >= BOUND_ROUNDS:
+            return min(best, bound)
+        outer = instance.outers[k]
+        if k not in running:
+            running[k] = rounds(
                 instance.simulator(outer),
-                outcome.choices,
+                starts[k],
                 limit_bytes=instance.limit_bytes,
                 time_limit_s=BOUND_S,
+                plans=False,
             )
-        ):
-            bound = max(bound, found.bound_s)
-            judged = instance.judge(outer, found.choices)
-            if judged.fits:
-                best = min(best, judged.step_time_s)
-            if bound >= best or n + 1 == BOUND_ROUNDS:
-                break
-        bounds.append(bound)
-    return min(best, *bounds)
+        found = next(running[k])
+        judged = instance.judge(outer, found.choices)
+        best = min(best, judged.step_time_s) if judged.fits else best
+        bound = max(bound, found.bound_s)
+        if bound >= best:
+            del running[k]  # it will not be looked at again
+        heapq.heappush(queue, (bound, count + 1, k))
 
 
 def _path(folder: pathlib.Path, problem: str, optimizer: str, seed: int) -> pathlib.Path:

@@ -18,6 +18,11 @@ def hurried_name(policy: str) -> str:
     return f"{policy}_{HURRY_S:g}s"
 
 
+def traced_name(policy: str) -> str:
+    """The optimizer that is a policy's hurried run, its limit counted from the traced program on."""
+    return f"traced_{hurried_name(policy)}"
+
+
 def is_hurried(optimizer: str) -> bool:
     """Whether it is the hurried run of some policy."""
     return optimizer.endswith(hurried_name(""))
@@ -28,7 +33,8 @@ def contenders(
 ) -> tuple[dict[str, Callable[..., Curve]], list[str]]:
     """(optimizer by name, what is missing in words); `extra` maps names to weights files.
 
-    Each trained policy runs twice, the second time as one that knows that it has HURRY_S.
+    Each trained policy runs three times, the second time as one that knows that it has HURRY_S, the
+    third time as one that has as much after tracing.
     """
     from placement.learned.policy import load_policy
 
@@ -48,13 +54,16 @@ def contenders(
             notes.append(f"{name} is skipped: {error}")
             continue
         found[name] = _planner(policy)
-        found[hurried_name(name)] = _planner(policy, HURRY_S)
+        found[hurried_name(name)] = _planner(policy, lambda _: HURRY_S)
+        found[traced_name(name)] = _planner(policy, lambda instance: HURRY_S + instance.tracing_s)
     return found, notes
 
 
-def _planner(policy: Any, longest_s: float = float("inf")) -> Callable[..., Curve]:
+def _planner(
+    policy: Any, longest_s: Callable[[Any], float] = lambda _: float("inf")
+) -> Callable[..., Curve]:
     def run(instance, *, max_evaluations: int, time_limit_s: float, seed: int) -> Curve:
-        limit = min(time_limit_s, longest_s)
+        limit = min(time_limit_s, longest_s(instance))
         return _run(
             instance, policy, max_evaluations=max_evaluations, time_limit_s=limit, seed=seed
         )

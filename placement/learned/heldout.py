@@ -92,7 +92,7 @@ def evaluate(
     """
     from placement.learned import compiled_report, heldout_page, heldout_report
     from placement.learned.baselines import BASELINES
-    from placement.learned.contenders import hurried_name
+    from placement.learned.contenders import hurried_name, traced_name
 
     given = _arguments(locals())
     folder = pathlib.Path(out)
@@ -103,7 +103,8 @@ def evaluate(
             f"no split {unknown[0]!r} to evaluate; use one of {', '.join(EVALUATION_SPLITS)}"
         )
     runners: dict[str, Callable[..., Curve]] = {**BASELINES, **_learned(dict(policies or {}))}
-    asked_for = {hurried_name(p) for p in policies or {}}  # not run unless they are named
+    # not run unless they are named
+    asked_for = {name(p) for p in policies or {} for name in (hurried_name, traced_name)}
     names = list(optimizers or [n for n in runners if n not in asked_for])
     if missing := sorted(set(names) - set(runners)):
         raise MeshwrightError(f"no optimizer {missing[0]!r}; use one of {', '.join(runners)}")

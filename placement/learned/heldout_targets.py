@@ -10,7 +10,7 @@ import numpy as np
 
 from placement.learned.anytime import Curve
 from placement.learned.baselines import ENGINES, SCORING
-from placement.learned.contenders import LEARNED, hurried_name
+from placement.learned.contenders import LEARNED, hurried_name, traced_name
 from placement.learned.heldout_summary import (
     WITHIN,
     Mean,
@@ -61,9 +61,15 @@ def _hurried(runs: Runs, learned: str, problems: list[str]) -> str:
     return name if all(runs.curves(p, name) for p in problems) else learned
 
 
+STRONGEST = ("engine", "evolution", "annealing", "random", "rules")
+"""Of each kind, by the tables of the whole suite."""
+
+
 def measured_again(runs: Runs, learned: str) -> list[Target]:
-    """Those targets that runs of a part of the suite can answer: whether the first proposal fits,
-    one second, and large budgets."""
+    """Those targets that runs of a part of the suite can answer: all of them where the strongest of
+    each kind of optimizer ran; else whether the first proposal fits, one second, and large budgets."""
+    if set(STRONGEST) <= set(runs.optimizers):
+        return [t for t in targets(runs, learned) if t.met is not None]
     held_out = [p for p in runs.problems if runs.split_of[p] != "validation"]
     mine = [p for p in held_out if runs.curves(p, learned)]
     found = [_deep(runs, learned)]
@@ -254,9 +260,10 @@ def _gaps(runs: Runs, learned: str, hurried: str) -> Iterable[Target]:
     yield _gap(
         runs, hurried, "median gap to the lower bound at most 5 % at one second", lambda _: 1.0
     )
-    if set(runs.bounds) <= set(runs.traced_s):
+    name = traced_name(learned)
+    if all(runs.curves(p, name) for p in runs.bounds):
         text = "median gap to the lower bound at most 5 % one second after the program is traced"
-        yield _gap(runs, learned, text, lambda p: 1.0 + runs.traced_s[p])
+        yield _gap(runs, name, text, lambda p: 1.0 + runs.traced_s[p])
 
 
 def _gap(runs: Runs, optimizer: str, text: str, seconds: Callable[[str], float]) -> Target:

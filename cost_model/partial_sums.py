@@ -92,7 +92,7 @@ def added_up(grouping: Grouping) -> tuple[tuple[int, ...], ...]:
     passed_on = set()
     for op in graph.ops:
         own = set(op.inputs)
-        if not own or not own <= once & made.keys():
+        if not own or not all(t in once and t in made for t in own):
             continue
         parts = tuple(g for t in op.inputs for g in made[t])
         tensors = [graph.tensors[t] for t in own]

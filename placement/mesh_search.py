@@ -13,6 +13,8 @@ MEMORY_RESERVE = 0.06
 """Share of device memory kept free for the runtime and fragmentation."""
 GRACE_S = 10.0
 """Seconds beyond a short time limit in which something that fits is still looked for."""
+LEAST_S = 0.5
+"""Seconds that a solve gets at least while nothing fits."""
 LEARNED = "learned"
 """Name of the learned optimizer: the policy orders the meshes, the engine completes each."""
 EXPOSURES = (0.3, 1.0)
@@ -94,6 +96,7 @@ class MeshSearch:
         from placement.optimizers import HAND_TUNED, OPTIMIZERS, Budget
 
         propose = OPTIMIZERS[self.optimizer]
+        until = time.monotonic() + 3 * self._slice(remaining)
         base = build_tables(
             self.grouping,
             layout,
@@ -117,7 +120,9 @@ class MeshSearch:
             if bound >= enough_s:
                 self.bounds.append(bound)
                 return
-        for exposure in EXPOSURES if searches else EXPOSURES[:1]:
+        for n, exposure in enumerate(EXPOSURES if searches else EXPOSURES[:1]):
+            if n and time.monotonic() + self._slice(remaining) > until:
+                break  # even one solve takes more than its share
             tables = base.at(exposure)
             found = propose(tables, self.seed, self._budget(Budget, remaining))
             self.evaluations += found.evaluations
@@ -133,7 +138,8 @@ class MeshSearch:
                 self._judge(layout, simulator, found)
             if self._expired():
                 break
-        self._shorten_paths(layout, simulator, first, ROUNDS if searches else 1, remaining)
+        n_rounds = ROUNDS if searches and time.monotonic() < until else 1
+        self._shorten_paths(layout, simulator, first, n_rounds, until)
 
     def _budget(self, budget, remaining: int):
         left = None
@@ -141,10 +147,11 @@ class MeshSearch:
             left = max(1, self.max_evaluations - self.evaluations)
         return budget(time_limit_s=self._slice(remaining), max_evaluations=left)
 
-    def _shorten_paths(self, layout, simulator, first: int, n_rounds: int, remaining: int) -> None:
+    def _shorten_paths(self, layout, simulator, first: int, n_rounds: int, until: float) -> None:
         """The bound of a layout; and plans that charge what its simulated step waits for.
 
-        Goes on from the best of the candidates from ``first`` on, while it pays.
+        Goes on from the best of the candidates from ``first`` on while it pays, to time.monotonic()
+        ``until``.
         """
         from cost_model.estimate import table_cost
         from placement.bound import rounds
@@ -152,14 +159,14 @@ class MeshSearch:
 
         own = self.candidates[first:]
         start = min(own, key=lambda c: (c.memory_bytes > self.limit, c.step_time_s))
-        until = time.monotonic() + self._slice(remaining)
+        limit_s = max(0.05, until - time.monotonic()) / 2
         bound, quiet, best = 0.0, 0, start.step_time_s
         for n, found in enumerate(
             rounds(
                 simulator,
                 start.choices,
                 limit_bytes=self.limit,
-                time_limit_s=self._slice(remaining) / 2,
+                time_limit_s=limit_s,
             )
         ):
             gained = found.bound_s > bound * (1 + WORTH_A_ROUND)
@@ -263,7 +270,8 @@ class MeshSearch:
 
     def _slice(self, remaining: int) -> float:
         """Seconds one of three solves of a layout may take, when `remaining` layouts are left."""
-        return max(0.05, self.deadline - time.monotonic()) / (3 * remaining)
+        share = max(0.05, self.deadline - time.monotonic()) / (3 * remaining)
+        return share if self._fitting() else max(share, LEAST_S)
 
     def _why_not(self, best: Candidate) -> str:
         from placement.fits import smallest_fit

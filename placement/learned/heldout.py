@@ -234,7 +234,9 @@ def _run(folder, problem, todo, runners, max_axes: int, wants_bound: bool, secon
             flush=True,
         )
     if wants_bound:
-        row = common | dict(optimizer="bound", seed=0, bound_s=bound_s(instance))
+        bound = bound_s(instance)
+        proven = bound if math.isfinite(bound) else None  # it is infinite where nothing fits
+        row = common | dict(optimizer="bound", seed=0, bound_s=proven)
         _write(_path(folder, problem.name, "bound", 0), row)
 
 

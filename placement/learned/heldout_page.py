@@ -55,7 +55,8 @@ space has meshes of up to {axes} axes.
 
 | optimizer | what it is |
 |---|---|
-| learned | the shipped policy; learned_1s knows that it has one second |
+| learned | the shipped policy |
+| learned_1s, traced_learned_1s | it knows that it has one second, or one after tracing |
 | untrained, uniform | the same search with random weights, with no preference |
 | engine, engine_random | message passing under candidates in the product's order, in random order |
 | evolution, annealing, tree_search, random | score short plans, completed by single changes |
@@ -249,9 +250,9 @@ def _failures(runs: Runs) -> str:
         "depend on what a run without a plan counts as, since tracing alone takes most of it; a target "
         "counts as met by its mean even where the interval does not exclude the opposite; seconds were "
         "taken on a machine busy with other programs, which makes processor time longer than on an "
-        "idle one, for all optimizers; the bound prices hideable communication at nothing and ignores "
-        "memory, so that most of the gap to it may not be real; meshes of three axes and plans judged "
-        "by XLA:TPU are not part of this page.\n"
+        "idle one, for all optimizers; bounds of runs judged by another state of the cost model than "
+        "this tree's price hideable communication at nothing and ignore memory, later ones do neither; "
+        "meshes of three axes and plans judged by XLA:TPU are not part of this page.\n"
     )
 
 

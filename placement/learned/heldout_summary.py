@@ -45,7 +45,7 @@ class Runs:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = [r for r in rows if "curve" in r]
-        self.bounds = {r["problem"]: float(r["bound_s"]) for r in rows if "bound_s" in r}
+        self.bounds = {r["problem"]: r["bound_s"] for r in rows if r.get("bound_s") is not None}
         self.traced_s = {r["problem"]: float(r["traced_s"]) for r in self.rows if "traced_s" in r}
         self.split_of = {r["problem"]: r["split"] for r in self.rows}
         self.devices_of = {r["problem"]: int(r["n_devices"]) for r in self.rows}

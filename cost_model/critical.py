@@ -29,7 +29,7 @@ import numpy as np
 
 from cost_model.events import COMPUTE, RESHARD
 from cost_model.problem import Problem
-from cost_model.simulate import Simulator
+from cost_model.simulate import Simulator, value_at
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,14 +148,10 @@ def _durations(
 ):  # fmt: skip
     found = np.zeros((len(kind), 3))
     for e in range(len(kind)):
-        if kind[e] == 2:
-            i = (
-                offset[e]
-                + rows[row_offset[e] + choices[source[e]]] * n_columns[e]
-                + columns[column_offset[e] + choices[node[e]]]
-            )
-        else:
-            i = offset[e] + choices[node[e]]
+        i = value_at(
+            e, choices, kind, node, source, offset, n_columns, rows, row_offset, columns,
+            column_offset,
+        )  # fmt: skip
         lane = 0 if kind[e] == 0 else (1 if mode[i] == 0 else 2)
         found[e, lane] = seconds[i]
     return found
@@ -183,12 +179,12 @@ def _longest(durations, role, stretch, turns, certain):
         away, off = -1.0, -1  # on the network after the latest turn off
         reduced = False
         for e in range(first, stop):
-            if role[e] == 0:
+            if role[e] == _COMPUTES:
                 before, before_at, before_onto = compute, e, onto
                 compute += durations[e, 0]
                 continue
             blocks, hides = durations[e, 1], durations[e, 2]
-            if role[e] == 3:
+            if role[e] == _REDUCES:
                 reduced = True
                 if before > away:
                     away, off = before, n_turns
@@ -198,9 +194,9 @@ def _longest(durations, role, stretch, turns, certain):
             compute += blocks
             before += blocks
             if off >= 0:
-                away += blocks + (hides if role[e] == 3 or not certain else 0.0)
+                away += blocks + (hides if role[e] == _REDUCES or not certain else 0.0)
             left, previous = compute, -2
-            if not reduced or (not certain and role[e] == 2 and hides > 0.0):
+            if not reduced or (not certain and role[e] == _GATHERS and hides > 0.0):
                 if network > left:
                     left, previous = network, -1
                 if off >= 0 and away > left:
@@ -221,11 +217,11 @@ def _longest(durations, role, stretch, turns, certain):
             if on_network:
                 gathers = turn < 0 or not certain
                 for e in range(first if turn < 0 else enters[turn], at):
-                    if role[e] == 3 or (role[e] == 2 and gathers):
+                    if role[e] == _REDUCES or (role[e] == _GATHERS and gathers):
                         hidden[e] = 1.0
             else:
                 for e in range(first if turn < 0 else leaves[turn] + 1, at):
-                    if role[e] == 0:
+                    if role[e] == _COMPUTES:
                         computed[e] = 1.0
             if turn < 0:
                 break

@@ -172,6 +172,17 @@ def _modes(event, gpu: bool) -> np.ndarray:
 
 
 @numba.njit(cache=True)
+def value_at(
+    e, choices, kind, node, source, offset, n_columns, rows, row_offset, columns, column_offset
+):  # fmt: skip
+    """Where the values of event e are for an assignment ([nodes])."""
+    if kind[e] == 2:
+        row = rows[row_offset[e] + choices[source[e]]]
+        return offset[e] + row * n_columns[e] + columns[column_offset[e] + choices[node[e]]]
+    return offset[e] + choices[node[e]]
+
+
+@numba.njit(cache=True)
 def _simulate(
     assignments, kind, op, node, source, seconds, mode, offset, n_columns, rows, row_offset,
     columns, column_offset, region_start, region_stop, region_trips,
@@ -225,14 +236,10 @@ def _simulate(
                 began_comm[depth] = communicated
             if e >= n_events:
                 break
-            if kind[e] == 2:
-                index = (
-                    offset[e]
-                    + rows[row_offset[e] + a[source[e]]] * n_columns[e]
-                    + columns[column_offset[e] + a[node[e]]]
-                )
-            else:
-                index = offset[e] + a[node[e]]
+            index = value_at(
+                e, a, kind, node, source, offset, n_columns, rows, row_offset, columns,
+                column_offset,
+            )  # fmt: skip
             d = seconds[index]
             if kind[e] == 0:
                 before = t

@@ -93,7 +93,7 @@ class MeshSearch:
         from cost_model.simulate import Simulator
         from cost_model.tables import build_tables
         from placement.bound import computation_bound_s
-        from placement.optimizers import HAND_TUNED, OPTIMIZERS, Budget
+        from placement.optimizers import HAND_TUNED, OPTIMIZERS
 
         propose = OPTIMIZERS[self.optimizer]
         until = time.monotonic() + 3 * self._slice(remaining)
@@ -124,7 +124,7 @@ class MeshSearch:
             if n and time.monotonic() + self._slice(remaining) > until:
                 break  # even one solve takes more than its share
             tables = base.at(exposure)
-            found = propose(tables, self.seed, self._budget(Budget, remaining))
+            found = propose(tables, self.seed, self._budget(remaining))
             self.evaluations += found.evaluations
             memory = self._judge(layout, simulator, found)
             if found.feasible and memory > self.limit and self.optimizer not in HAND_TUNED:
@@ -132,7 +132,7 @@ class MeshSearch:
                 found = propose(
                     dataclasses.replace(tables, problem=counted),
                     self.seed,
-                    self._budget(Budget, remaining),
+                    self._budget(remaining),
                 )
                 self.evaluations += found.evaluations
                 self._judge(layout, simulator, found)
@@ -141,11 +141,14 @@ class MeshSearch:
         n_rounds = ROUNDS if searches and time.monotonic() < until else 1
         self._shorten_paths(layout, simulator, first, n_rounds, until)
 
-    def _budget(self, budget, remaining: int):
+    def _budget(self, remaining: int):
+        """What one of three solves of a layout may spend."""
+        from placement.optimizers import Budget
+
         left = None
         if self.max_evaluations is not None:
             left = max(1, self.max_evaluations - self.evaluations)
-        return budget(time_limit_s=self._slice(remaining), max_evaluations=left)
+        return Budget(time_limit_s=self._slice(remaining), max_evaluations=left)
 
     def _shorten_paths(self, layout, simulator, first: int, n_rounds: int, until: float) -> None:
         """The bound of a layout; and plans that charge what its simulated step waits for.

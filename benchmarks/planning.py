@@ -46,6 +46,7 @@ def measure(name: str) -> dict:
     import numpy as np
 
     import placement
+    from cost_model.analysis import Analysis
     from cost_model.cluster import parse_cluster
     from cost_model.layout import layout_for
     from cost_model.simulate import Simulator
@@ -71,7 +72,8 @@ def measure(name: str) -> dict:
         seconds.append((time.monotonic() - wall, time.process_time() - processor))
     grouping = group(trace(step, *args, donate_argnums=donated))
     layout = layout_for(parse_cluster(plan.cluster), plan.mesh_shape)
-    tables = build_tables(grouping, layout, usage_limit_bytes=np.inf)
+    analysis = Analysis.of(grouping, layout.cluster.device)
+    tables = build_tables(analysis, layout, usage_limit_bytes=np.inf)
     simulator = Simulator.of(tables)
     rng = np.random.default_rng(0)
     picks = rng.integers(0, tables.problem.n_strategies(), size=(2000, tables.problem.n_nodes))

@@ -120,6 +120,7 @@ def exported() -> Iterator[Problem]:
 
 def table_problem(model: str, cluster: str, mesh: dict[str, int]) -> Problem:
     """Tables of one train step on one mesh; batch of one sequence of 1024 per device."""
+    from cost_model.analysis import Analysis
     from cost_model.cluster import parse_cluster
     from cost_model.layout import layout_for
     from cost_model.tables import build_tables
@@ -132,7 +133,8 @@ def table_problem(model: str, cluster: str, mesh: dict[str, int]) -> Problem:
         load_model_config(model), global_batch=parsed.n_devices, seq_len=1024
     )
     grouping = group(trace(step, *arguments, donate_argnums=donated))
-    return build_tables(grouping, layout_for(parsed, mesh), usage_limit_bytes=float("inf")).problem
+    analysis = Analysis.of(grouping, parsed.device)
+    return build_tables(analysis, layout_for(parsed, mesh), usage_limit_bytes=float("inf")).problem
 
 
 def least_peak(problem: Problem, peak: float) -> float:

@@ -7,12 +7,13 @@ marked as such: they can hide behind computation.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from cost_model.live import readers_of
+from cost_model.analysis import Analysis
 from cost_model.mapped import map_events
-from cost_model.operands import operand
+from cost_model.operands import Operand, held_bytes
 from cost_model.operators import compute_events, contracts
 from cost_model.partial_sums import (
     combine_events,
@@ -63,20 +64,18 @@ class Event:
     """Same shape as seconds: choices that stop the computation although the event may hide."""
 
 
-def own_events(grouping, g, n, menu, pricing, fusion, hides, sums, state) -> list[Event]:
-    """What group g, node n, takes by itself: its operators, and combining its partial results.
-
-    ``hides``: only the optimizer waits for the result. ``state``: of
-    :func:`cost_model.state_copies.state_of`.
-    """
+def own_events(analysis: Analysis, g: int, n: int, menu: Choices, pricing: Pricing) -> list[Event]:
+    """What group g, node n, takes by itself: its operators, and combining its partial results."""
+    grouping, sums = analysis.grouping, analysis.sums
+    hides = g in analysis.gradients
     events = [
         Event(
             kind=COMPUTE, op=e.op, region=e.region, node=n, source=-1, seconds=e.seconds,
             n_bytes=None, rows=None, columns=None, hides=False, label=e.kind,
         )
-        for e in compute_events(grouping, g, menu, pricing, fusion)
+        for e in compute_events(grouping, g, menu, pricing, analysis.fusion)
     ]  # fmt: skip
-    copies = state_copies_s(grouping, g, menu, pricing, state)
+    copies = state_copies_s(grouping, g, menu, pricing, analysis.state)
     if copies is not None:
         events.append(
             Event(
@@ -170,20 +169,6 @@ def moved(own: list[Event], first: Group, other: Group) -> list[Event]:
     ]
 
 
-def gradient_groups(grouping: Grouping) -> set[int]:
-    """Heavy groups whose result only the optimizer reads (the groups that make the new state)."""
-    updates = {grouping.group_of[grouping.graph.outputs[b]] for _, b in grouping.graph.aliases}
-    read_by: dict[int, set[int]] = {}
-    for g, item in enumerate(grouping.groups):
-        for view in item.views:
-            read_by.setdefault(grouping.source_group(g, view), set()).add(g)
-    return {
-        g
-        for g, item in enumerate(grouping.groups)
-        if item.kind == HEAVY and read_by.get(g) and read_by[g] <= updates
-    }
-
-
 def _from_weights(grouping: Grouping, source: int) -> bool:
     item = grouping.groups[source]
     if item.kind == COPY:
@@ -212,10 +197,15 @@ def _unique(specs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return specs[at[present]], number[code]
 
 
-def reshards(grouping, node_of, choices, pricing, times, sums):
-    """Every resharding that can take time: (event, source node, trips, the copy it makes)."""
+def reshards(
+    analysis: Analysis, node_of: np.ndarray, choices: Sequence[Choices], pricing: Pricing
+) -> Iterator[tuple[Event, float, Operand | None]]:
+    """Every resharding that can take time: (event, trips, the copy it makes)."""
+    grouping, sums, times = analysis.grouping, analysis.sums, analysis.times
     graph = grouping.graph
     priced: dict[tuple, Reshard] = {}
+    finished: dict[tuple, tuple] = {}
+    copies: dict[int, np.ndarray] = {}
     distinct: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def unique(specs):
@@ -235,23 +225,35 @@ def reshards(grouping, node_of, choices, pricing, times, sums):
             priced[key] = reshard(p, q, t.n_bytes, pricing)
         return priced[key], rows, columns
 
+    def copy_of(pair, view, j):
+        """Bytes of the copy that node j reads."""
+        if id(pair) not in copies:
+            specs, _ = unique(choices[j].specs(view.dims))
+            n_bytes = graph.tensors[view.tensor].n_bytes
+            copies[id(pair)] = held_bytes(pair.seconds, n_bytes, pricing.shards(specs))
+        return copies[id(pair)]
+
     def finish(source, view, j):
         """What partial sums of ``source`` cost more where node j does not take slices of them."""
         i = int(node_of[source])
         t = graph.tensors[view.tensor]
-        reduced = reduced_whole(grouping, source, choices[i], pricing)
+        summed = tuple(r.cls for r in grouping.groups[source].reductions)
         specs = _specs_of(grouping, source, view.tensor, choices[i])
-        p, rows = _unique(np.concatenate([specs, reduced[:, None]], 1))
         q, columns = unique(choices[j].specs(view.dims))
-        seconds, n_bytes = finish_s(p[:, :-1], p[:, -1], q, t.shape, t.n_bytes, pricing)
-        share = 1.0 / sums.summands.get(source, 1)
+        parts = sums.summands.get(source, 1)
+        key = (id(choices[i]), summed, id(specs), id(q), t.shape, t.n_bytes, parts)
+        if key not in finished:
+            reduced = reduced_whole(grouping, source, choices[i], pricing)
+            p, rows = _unique(np.concatenate([specs, reduced[:, None]], 1))
+            seconds, n_bytes = finish_s(p[:, :-1], p[:, -1], q, t.shape, t.n_bytes, pricing)
+            finished[key] = (rows, seconds / parts, n_bytes / parts)
+        rows, seconds, n_bytes = finished[key]
         return Event(
             kind=RESHARD, op=min(view.ops or (0,)), region=view.region, node=j, source=i,
-            seconds=seconds * share, n_bytes=n_bytes * share, rows=rows, columns=columns, hides=False,
+            seconds=seconds, n_bytes=n_bytes, rows=rows, columns=columns, hides=False,
             label="partial sums",
         )  # fmt: skip
 
-    readers = readers_of(grouping)
     for g, item in enumerate(grouping.groups):
         j = int(node_of[g])
         for view in item.views:
@@ -261,7 +263,7 @@ def reshards(grouping, node_of, choices, pricing, times, sums):
             weights = _from_weights(grouping, source)
             hides = weights and bool(pricing.device.overlapped_gathers)
             if priced_pair.seconds.any():
-                ops = view.ops or readers.get((view.tensor, view.region), [0])
+                ops = view.ops or analysis.readers.get((view.tensor, view.region), [0])
                 event = Event(
                     kind=RESHARD, op=min(ops), region=view.region, node=j, source=i,
                     seconds=priced_pair.seconds, n_bytes=priced_pair.bytes_by_kind, rows=rows,
@@ -269,14 +271,16 @@ def reshards(grouping, node_of, choices, pricing, times, sums):
                 )  # fmt: skip
                 copy = None
                 if not weights:
-                    specs, _ = unique(choices[j].specs(view.dims))
-                    size = graph.tensors[view.tensor].n_bytes
-                    copy = operand(event, size, pricing.shards(specs), max(ops) + 1)
-                yield event, i, times[view.region], copy
+                    held = copy_of(priced_pair, view, j)
+                    copy = Operand(
+                        source=i, node=j, interval=(event.op, max(ops) + 1), held_bytes=held,
+                        rows=rows, columns=columns,
+                    )  # fmt: skip
+                yield event, times[view.region], copy
             if source in sums.sliced:
                 event = finish(source, view, j)
                 if event.seconds.any():
-                    yield event, i, times[view.region], None
+                    yield event, times[view.region], None
     last = len(graph.ops) - 1
     for a, b in graph.aliases:
         t_in, t_out = graph.inputs[a], graph.outputs[b]
@@ -289,4 +293,4 @@ def reshards(grouping, node_of, choices, pricing, times, sums):
                 kind=RESHARD, op=min(graph.tensors[t_out].producer, last), region=0, node=j, source=i,
                 seconds=pair.seconds, n_bytes=pair.bytes_by_kind, rows=rows, columns=columns,
                 hides=bool(pricing.device.overlapped_gathers), label="updated weights", late=True,
-            ), i, 1.0, None  # fmt: skip
+            ), 1.0, None  # fmt: skip

@@ -10,15 +10,33 @@ for an op exist around that op.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Set
+from collections.abc import Iterable, Sequence, Set
 
 import numpy as np
 
+from cost_model.device import Device
 from cost_model.fusion import CONTRACTIONS, TRANSCENDENTAL
-from cost_model.pricing import Pricing
 from graphs.choices import Choices
 from graphs.graph import Graph, Op
 from graphs.groups import COPY, HEAVY, LEAF, LIGHT, Grouping
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lifetime:
+    """A tensor that is in memory during an interval, held as its group shards it."""
+
+    group: int
+    tensor: int
+    dims: tuple[int, ...]
+    """Class of each dimension in the group."""
+    interval: tuple[int, int]
+    """Half-open, in op positions."""
+    label: str
+    """state | gradients | activations | weights | other."""
+    times: float = 1.0
+    """How many of it are held at once."""
+    result: bool = False
+    """Whether it is the combined result of a heavy group."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,8 +49,7 @@ class Usage:
     n_bytes: np.ndarray
     """[S]."""
     label: str
-    """state | gradients | activations | weights | other."""
-    tensor: int
+    """As of :class:`Lifetime`."""
 
 
 def last_uses(graph: Graph) -> np.ndarray:
@@ -215,39 +232,51 @@ def read_until(grouping: Grouping, held: Set[int], replaced: set[int]) -> np.nda
 
 
 def usage_entries(
-    grouping: Grouping,
+    held: Iterable[Lifetime],
+    graph: Graph,
     node_of: np.ndarray,
-    choices: list[Choices],
-    pricing: Pricing,
-    stored: Set[int],
+    choices: Sequence[Choices],
+    axis_sizes: tuple[int, ...],
 ) -> list[Usage]:
-    """Every usage entry of the program; entries of one node and one interval are added up."""
+    """What each node's choices keep on a mesh; entries of one node and one interval are added up."""
+    found: dict[tuple[int, tuple[int, int], str], Usage] = {}
+    for x in held:
+        node = int(node_of[x.group])
+        shards = choices[node].shards(x.dims, axis_sizes, result=x.result)
+        n_bytes = x.times * graph.tensors[x.tensor].n_bytes / shards
+        key = (node, x.interval, x.label)
+        if key in found:
+            n_bytes = found[key].n_bytes + n_bytes
+        found[key] = Usage(node=node, interval=x.interval, n_bytes=n_bytes, label=x.label)
+    return list(found.values())
+
+
+def lifetimes(grouping: Grouping, stored: Set[int], device: Device) -> tuple[Lifetime, ...]:
+    """Everything that a program keeps in memory, and when.
+
+    ``stored`` are the tensors that are in memory at all (:class:`cost_model.fusion.Fusion`).
+    """
     graph = grouping.graph
     last = last_uses(graph)
     end = len(graph.ops) + 1
     aliased = {graph.outputs[b] for _, b in graph.aliases}
     kept_inputs = {graph.inputs[a] for a, _ in graph.aliases}
-    found: dict[tuple[int, tuple[int, int], str], Usage] = {}
+    found: list[Lifetime] = []
 
     def add(group, t, dims, interval, label, times=1.0, result=False):
-        start, stop = interval
-        if stop <= start:
-            return
-        node = int(node_of[group])
-        shards = choices[node].shards(dims, pricing.axis_sizes, result=result)
-        n_bytes = times * graph.tensors[t].n_bytes / shards
-        key = (node, interval, label)
-        old = found.get(key)
-        found[key] = Usage(
-            node=node, interval=interval, label=label, tensor=t,
-            n_bytes=n_bytes if old is None else old.n_bytes + n_bytes,
-        )  # fmt: skip
+        if interval[1] > interval[0]:
+            found.append(
+                Lifetime(
+                    group=group, tensor=t, dims=tuple(dims), interval=interval, label=label,
+                    times=times, result=result,
+                )
+            )  # fmt: skip
 
     inputs = set(graph.inputs)
     across = held_across(grouping, stored)
     held = stored | across
     held -= spread_in_readers(grouping)
-    if pricing.device.family == "tpu":
+    if device.family == "tpu":
         held -= made_in_readers(grouping, held)
     until = read_until(grouping, held, across)
     all_readers = readers_of(grouping)
@@ -295,7 +324,7 @@ def usage_entries(
                 if grouping.groups[source].kind == LEAF and view.ops:
                     at = view.ops[0]
                     add(g, view.tensor, view.dims, (at, at + 1), "weights")
-    return list(found.values())
+    return tuple(found)
 
 
 def _is_state(grouping: Grouping, g: int, aliased: set[int]) -> bool:

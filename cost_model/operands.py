@@ -25,30 +25,22 @@ class Operand:
     interval: tuple[int, int]
     """Half-open, in op positions: from the first to after the last reader."""
     held_bytes: np.ndarray
-    """[P, Q] bytes of the copy on a device over distinct specs; 0 where none is made."""
+    """[P, Q] :func:`held_bytes` over distinct specs; 0 where no copy is made."""
     rows: np.ndarray
     """[S_source] row of each choice of the source."""
     columns: np.ndarray
     """[S_node] column of each choice of the reader."""
 
 
-def operand(event, n_bytes: float, shards: np.ndarray, stop: int) -> Operand:
-    """The copy that a resharding event makes.
+def held_bytes(seconds: np.ndarray, n_bytes: float, shards: np.ndarray) -> np.ndarray:
+    """[P, Q] bytes of the copy that a resharding makes.
 
     Args:
-      event: a :class:`cost_model.tables.Event` of kind RESHARD.
+      seconds: [P, Q] of the resharding.
       n_bytes: of the whole tensor.
       shards: [Q] devices that share it in each of the reader's specs.
-      stop: position after the last reader.
     """
-    return Operand(
-        source=event.source,
-        node=event.node,
-        interval=(event.op, stop),
-        held_bytes=np.where(event.seconds > 0, n_bytes / shards[None, :], 0.0),
-        rows=event.rows,
-        columns=event.columns,
-    )
+    return np.where(seconds > 0, n_bytes / shards[None, :], 0.0)
 
 
 def add_operands(profile: np.ndarray, operands: tuple[Operand, ...], assignment) -> None:

@@ -78,7 +78,7 @@ class Pricing:
     @functools.cached_property
     def timed(self) -> bool:
         """Whether operators are priced as the timed kernels of a GPU."""
-        return tiled(load_calibration(self.device.calibration).constants["matmul"])
+        return times_kernels(self.device)
 
     def collective_s(self, kind: int, mask: np.ndarray, payload_bytes: np.ndarray) -> np.ndarray:
         """Seconds; zero where the set of axes is empty."""
@@ -157,6 +157,11 @@ class Pricing:
     def masks(self, flags: np.ndarray) -> np.ndarray:
         """[..., A] booleans -> bit masks."""
         return (flags * (1 << np.arange(flags.shape[-1]))).sum(axis=-1).astype(np.int64)
+
+
+def times_kernels(device: Device) -> bool:
+    """Whether the device is a GPU whose kernels were timed."""
+    return tiled(load_calibration(device.calibration).constants["matmul"])
 
 
 def _copy_s_per_byte(device: Device) -> float:

@@ -15,29 +15,24 @@ from itertools import combinations
 
 import numpy as np
 
+from cost_model.analysis import Analysis
 from cost_model.events import (
     COLLECTIVE,
     COMPUTE,
     RESHARD,
     Event,
     apart,
-    gradient_groups,
     moved,
     own_events,
     reshards,
 )
-from cost_model.fusion import Fusion
-from cost_model.gpu_fusion import own_passes
 from cost_model.layout import MeshLayout
 from cost_model.live import usage_entries
 from cost_model.operands import Operand
-from cost_model.partial_sums import Sums
 from cost_model.pricing import Pricing
 from cost_model.problem import Problem
-from cost_model.state_copies import state_of
 from graphs.choices import Choices, choices_of
 from graphs.errors import MeshwrightError
-from graphs.fold import fold
 from graphs.groups import HEAVY, Grouping
 
 
@@ -82,43 +77,32 @@ class Tables:
 
 
 def build_tables(
-    grouping: Grouping,
+    analysis: Analysis,
     layout: MeshLayout,
     *,
     usage_limit_bytes: float,
     exposure: float = 1.0,
     keep: int = 192,
-    tied: tuple[int, ...] | None = None,
-    memo: dict[tuple, float] | None = None,
 ) -> Tables:
-    """Price every choice of every group on a layout.
+    """Price every choice of every group of a program on a layout of its kind of device.
 
-    ``keep`` bounds the choices of a node; the cheapest by themselves stay. ``tied`` is
-    :func:`graphs.fold.fold` of the grouping, or ``range`` to leave repeated groups apart.
-    ``memo`` keeps contraction times between meshes of one device.
+    ``keep`` bounds the choices of a node; the cheapest by themselves stay.
     """
-    tied = fold(grouping) if tied is None else tied
-    pricing = Pricing.of(layout, memo)
-    fusion = Fusion.of(grouping)
-    if pricing.timed:
-        fusion = dataclasses.replace(fusion, passes=own_passes(grouping, fusion.stored))
-    firsts = sorted(set(tied))
+    grouping, sums, times = analysis.grouping, analysis.sums, analysis.times
+    pricing = Pricing.of(layout, analysis.contractions)
+    firsts = sorted(set(analysis.tied))
     number = {g: n for n, g in enumerate(firsts)}
-    node_of = np.array([number[t] for t in tied], np.int32)
+    node_of = np.array([number[t] for t in analysis.tied], np.int32)
     groups_of: list[list[int]] = [[] for _ in firsts]
     for g, n in enumerate(node_of):
         groups_of[n].append(g)
-    times = grouping.graph.multiplicities()
-    gradients = gradient_groups(grouping)
-    sums = Sums.of(grouping, layout.cluster.device)
-    state = state_of(grouping.graph)
     choices, node_costs, node_hidden, events = [], [], [], []
     own_of: dict[int, list[Event]] = {}
     known: dict[tuple, Choices] = {}
     for n, g in enumerate(firsts):
         menu = choices_of(grouping.groups[g], layout.mesh.axis_sizes, known=known)
         menu = _keep_pins(grouping, g, menu, layout)
-        own = own_events(grouping, g, n, menu, pricing, fusion, g in gradients, sums, state)
+        own = own_events(analysis, g, n, menu, pricing)
         cost, hidden = np.zeros(len(menu)), np.zeros(len(menu))
         for e in own:
             if e.hides:
@@ -149,13 +133,18 @@ def build_tables(
     edges: dict[tuple[int, int], np.ndarray] = {}
     edge_hidden: dict[tuple[int, int], np.ndarray] = {}
     operands = []
-    for event, source, weight, copy in reshards(grouping, node_of, choices, pricing, times, sums):
+    alike: dict[tuple, tuple[Event, float]] = {}
+    for event, weight, copy in reshards(analysis, node_of, choices, pricing):
         events.append(event)
         if copy is not None:
             operands.append(copy)
-        _charge(event, source, weight * (exposure if event.hides else 1.0), node_costs, edges)
+        arrays = (id(event.seconds), id(event.rows), id(event.columns))
+        key = (event.source, event.node, event.hides, *arrays)
+        alike[key] = (event, weight + alike[key][1] if key in alike else weight)
+    for event, weight in alike.values():
+        _charge(event, weight * (exposure if event.hides else 1.0), node_costs, edges)
         if event.hides:
-            _charge(event, source, weight, node_hidden, edge_hidden)
+            _charge(event, weight, node_hidden, edge_hidden)
     for first, second in ((a, b) for parts in sums.added for a, b in combinations(parts, 2)):
         i, j = int(node_of[first]), int(node_of[second])
         if i == j:
@@ -170,16 +159,14 @@ def build_tables(
         )
         if event is not None:
             events.append(event)
-            _charge(event, i, times[event.region], node_costs, edges)
+            _charge(event, times[event.region], node_costs, edges)
     problem, labels = _problem(
         grouping,
         layout,
-        node_of,
         choices,
         node_costs,
         edges,
-        pricing,
-        fusion.stored,
+        usage_entries(analysis.lifetimes, grouping.graph, node_of, choices, pricing.axis_sizes),
         usage_limit_bytes,
     )
     hidden_edges = [
@@ -207,9 +194,9 @@ def build_tables(
 _PHASE = {RESHARD: 0, COMPUTE: 1, COLLECTIVE: 2}
 
 
-def _charge(event: Event, i: int, weight: float, nodes, edges) -> None:
-    """Add a reshard from node i to the costs."""
-    j = event.node
+def _charge(event: Event, weight: float, nodes, edges) -> None:
+    """Add a reshard to the costs."""
+    i, j = event.source, event.node
     assert event.rows is not None and event.columns is not None
     if i == j:
         nodes[i] = nodes[i] + weight * event.seconds[event.rows, event.columns]
@@ -249,10 +236,9 @@ def _keep_pins(grouping: Grouping, g: int, menu: Choices, layout: MeshLayout) ->
     return menu if keep.all() else Choices(place=menu.place[keep], scatter=menu.scatter[keep])
 
 
-def _problem(grouping, layout, node_of, choices, node_costs, edges, pricing, stored, limit):
+def _problem(grouping, layout, choices, node_costs, edges, entries, limit):
     sizes = np.array([len(c) for c in choices], np.int64)
     keys = sorted(edges)
-    entries = usage_entries(grouping, node_of, choices, pricing, stored)
     shape = "x".join(map(str, layout.mesh.axis_sizes))
     problem = Problem(
         name=f"{grouping.graph.fingerprint[:8]} on {layout.cluster.notation} as {shape}",

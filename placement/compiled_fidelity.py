@@ -182,6 +182,7 @@ def _grouping(name: str, case: Mapping[str, Any]) -> Any:
 
 def _predict(record: Record, cluster: str, grouping: Any) -> tuple[Any, float]:
     """The estimate of a record's assignment, and the bytes that one device has."""
+    from cost_model.analysis import Analysis
     from cost_model.cluster import parse_cluster
     from cost_model.estimate import estimate
     from cost_model.layout import Factor, MeshLayout
@@ -198,7 +199,8 @@ def _predict(record: Record, cluster: str, grouping: Any) -> tuple[Any, float]:
             tuple(Factor(axis=a, size=n, stride=s) for a, n, s in axis) for axis in record.placement
         ),
     )
-    tables = build_tables(grouping, layout, usage_limit_bytes=np.inf, exposure=0.3, keep=1 << 20)
+    analysis = Analysis.of(grouping, layout.cluster.device)
+    tables = build_tables(analysis, layout, usage_limit_bytes=np.inf, exposure=0.3, keep=1 << 20)
     if len(record.choices) != len(tables.choices):
         raise MeshwrightError(
             f"the record has {len(record.choices)} decisions and the program "

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cost_model.analysis import Analysis
 from cost_model.cluster import Cluster, parse_cluster
 from cost_model.layout import MeshLayout, enumerate_layouts
 from cost_model.problem import Problem
@@ -70,10 +71,11 @@ def larger_clusters(cluster: Cluster) -> Iterator[Cluster]:
 
 def smallest_fit(grouping: Grouping, cluster: Cluster, share: float) -> str | None:
     """Notation of the first larger cluster on which an assignment was found that fits."""
+    analysis = Analysis.of(grouping, cluster.device)
     for bigger in larger_clusters(cluster):
         limit = bigger.device.hbm_available_bytes * share
         for layout in _widest(bigger):
-            tables = build_tables(grouping, layout, usage_limit_bytes=limit)
+            tables = build_tables(analysis, layout, usage_limit_bytes=limit)
             if least_memory(tables)[0] <= limit:
                 return bigger.notation
     return None

@@ -48,6 +48,7 @@ class MeshSearch:
 
         ``pin_operands``: whether plans constrain what operations read; None as the optimizer does.
         """
+        from cost_model.analysis import Analysis
         from graphs.fold import fold
         from placement.optimizers import HAND_TUNED
 
@@ -58,12 +59,12 @@ class MeshSearch:
         self.policy, self.tied = policy, fold(grouping)
         self.pins = optimizer not in HAND_TUNED if pin_operands is None else pin_operands
         device = layouts[0].cluster.device
+        self.analysis = Analysis.of(grouping, device, tied=self.tied)
         self.limit = device.hbm_available_bytes * (1.0 - MEMORY_RESERVE)
         self.candidates: list[Candidate] = []
         self.bounds: list[float] = []
         self.evaluations = 0
         self.skipped = 0
-        self.memo: dict[tuple, float] = {}
 
     def run(self) -> None:
         order = self._order()
@@ -98,12 +99,7 @@ class MeshSearch:
         propose = OPTIMIZERS[self.optimizer]
         until = time.monotonic() + 3 * self._slice(remaining)
         base = build_tables(
-            self.grouping,
-            layout,
-            usage_limit_bytes=self.limit,
-            exposure=EXPOSURES[0],
-            tied=self.tied,
-            memo=self.memo,
+            self.analysis, layout, usage_limit_bytes=self.limit, exposure=EXPOSURES[0]
         )
         simulator = Simulator.of(base)
         first = len(self.candidates)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import placement
+from cost_model.analysis import Analysis
 from cost_model.cluster import parse_cluster
 from cost_model.device import load_device
 from cost_model.events import COMPUTE
@@ -27,7 +28,8 @@ def _seconds(function, *arguments, device="h200", donate=()):
     """Seconds by class of operator, of everything on one device."""
     grouping = group(trace(function, *arguments, donate_argnums=donate))
     layout = layout_for(parse_cluster(f"{device}:1x1"), {"data": 1})
-    tables = build_tables(grouping, layout, usage_limit_bytes=1e12)
+    analysis = Analysis.of(grouping, layout.cluster.device)
+    tables = build_tables(analysis, layout, usage_limit_bytes=1e12)
     trips = grouping.graph.multiplicities()
     found = dict.fromkeys(("vector", "matmul"), 0.0)
     for e in tables.events:

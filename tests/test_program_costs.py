@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_groups import arg
 
+from cost_model.analysis import Analysis
 from cost_model.cluster import parse_cluster
 from cost_model.device import load_device
 from cost_model.estimate import estimate, ring_s
@@ -37,7 +38,8 @@ def step(params, x):
 def planned(cluster, mesh, rule="fsdp"):
     grouping = group(trace(step, *ARGS, donate_argnums=(0,)))
     layout = layout_for(parse_cluster(cluster), mesh)
-    tables = build_tables(grouping, layout, usage_limit_bytes=np.inf)
+    analysis = Analysis.of(grouping, layout.cluster.device)
+    tables = build_tables(analysis, layout, usage_limit_bytes=np.inf)
     found = HAND_TUNED[rule](tables, 0, Budget(time_limit_s=5.0))
     return Simulator.of(tables), found.choices
 

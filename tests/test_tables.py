@@ -10,6 +10,7 @@ import pytest
 from test_groups import arg, mlp_step
 
 from cost_model import live
+from cost_model.analysis import Analysis
 from cost_model.cluster import parse_cluster
 from cost_model.estimate import estimate, table_cost
 from cost_model.fusion import materialised
@@ -28,7 +29,8 @@ def tables(step, args, mesh=None, cluster="v5e:2x4", donate=(0, 1), tied=None, l
     layout = layout_for(parse_cluster(cluster), mesh or {"data": 2, "model": 4})
     if tied == "apart":
         tied = tuple(range(len(grouping.groups)))
-    return build_tables(grouping, layout, usage_limit_bytes=limit, tied=tied)
+    analysis = Analysis.of(grouping, layout.cluster.device, tied=tied)
+    return build_tables(analysis, layout, usage_limit_bytes=limit)
 
 
 def test_the_solver_finds_the_brute_force_optimum_of_a_small_program():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cost_model.analysis import Analysis
 from cost_model.cluster import parse_cluster
 from cost_model.layout import layout_for
 from cost_model.simulate import Simulator
@@ -41,7 +42,8 @@ def simulator() -> Simulator:
     batch = jax.ShapeDtypeStruct((4096, 512), jnp.bfloat16)
     grouping = group(trace(train_step, weights, batch, donate_argnums=(0,)))
     layout = layout_for(parse_cluster("v5e:4x4"), {"data": 4, "model": 4})
-    return Simulator.of(build_tables(grouping, layout, usage_limit_bytes=16e9, exposure=1.0))
+    analysis = Analysis.of(grouping, layout.cluster.device)
+    return Simulator.of(build_tables(analysis, layout, usage_limit_bytes=16e9, exposure=1.0))
 
 
 def assignments(simulator: Simulator, count: int):

@@ -104,13 +104,11 @@ def _plan(instance: Instance, outer: Outer, outcome: Outcome):
         scan=problem.scan,
     )
     now = time.monotonic()
-    grouping = instance.grouping(outer.remat, outer.microbatches)
     tables = build_tables(  # those of the instance do not keep what its plan reports
-        grouping,
+        instance.analysis(outer.remat, outer.microbatches),
         outer.layout,
         usage_limit_bytes=instance.limit_bytes,
         exposure=EXPOSURE,
-        tied=instance.tied(outer.remat, outer.microbatches),
     )
     best = Candidate(
         layout=outer.layout,

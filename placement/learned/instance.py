@@ -28,6 +28,7 @@ from placement.mesh_search import MEMORY_RESERVE
 from placement.whole import MICROBATCHES, REMAT
 
 if TYPE_CHECKING:
+    from cost_model.analysis import Analysis
     from cost_model.layout import MeshLayout
     from cost_model.simulate import Simulator
     from cost_model.tables import Tables
@@ -129,6 +130,20 @@ class Instance:
     def tied(self, remat: str | None, microbatches: int) -> tuple[int, ...]:
         """``graphs.fold.fold`` of a variant."""
         return self._program(remat, microbatches)[1]
+
+    def analysis(self, remat: str | None, microbatches: int) -> Analysis:
+        """What is known of a variant before any mesh."""
+        remat = remat or REMAT[0]
+        grouping, tied = self._program(remat, microbatches)
+
+        def make() -> Analysis:
+            from cost_model.analysis import Analysis
+
+            return Analysis.of(
+                grouping, self.cluster.device, tied=tied, contractions=self._store.contractions
+            )
+
+        return self.shared(("analysis", remat, microbatches), make)
 
     def tables(self, outer: Outer) -> Tables:
         """Tables of a candidate at EXPOSURE with the memory limit (their events without bytes)."""
@@ -240,19 +255,17 @@ class Instance:
 
     def _judge(self, outer: Outer) -> Simulator:
         """The simulator of a candidate; it holds the tables."""
-        grouping, tied = self._program(outer.remat, outer.microbatches)
+        analysis = self.analysis(outer.remat, outer.microbatches)
 
         def make() -> Simulator:
             from cost_model.simulate import Simulator
             from cost_model.tables import build_tables
 
             tables = build_tables(
-                grouping,
+                analysis,
                 outer.layout,
                 usage_limit_bytes=self.limit_bytes,
                 exposure=EXPOSURE,
-                tied=tied,
-                memo=self._store.contractions,
             )
             return _slim(Simulator.of(tables))
 

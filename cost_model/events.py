@@ -220,9 +220,9 @@ def reshards(
         t = graph.tensors[tensor]
         p, rows = unique(_specs_of(grouping, source, tensor, choices[i]))
         q, columns = unique(choices[j].specs(dims))
-        key = (id(p), id(q), t.n_bytes)
+        key = (id(p), id(q), t.n_bytes, len(t.shape))
         if key not in priced:
-            priced[key] = reshard(p, q, t.n_bytes, pricing)
+            priced[key] = reshard(p, q, t.n_bytes, pricing, rank=len(t.shape))
         return priced[key], rows, columns
 
     def copy_of(pair, view, j):
@@ -277,6 +277,8 @@ def reshards(
                         rows=rows, columns=columns,
                     )  # fmt: skip
                 yield event, times[view.region], copy
+                if priced_pair.copies_s.any():
+                    yield _in_order(event, priced_pair), times[view.region], None
             if source in sums.sliced:
                 event = finish(source, view, j)
                 if event.seconds.any():
@@ -289,8 +291,19 @@ def reshards(
         dims_in = grouping.groups[target].tensors[t_in]
         pair, rows, columns = price(source, t_out, j, dims_in)
         if pair.seconds.any():
-            yield Event(
+            event = Event(
                 kind=RESHARD, op=min(graph.tensors[t_out].producer, last), region=0, node=j, source=i,
                 seconds=pair.seconds, n_bytes=pair.bytes_by_kind, rows=rows, columns=columns,
                 hides=bool(pricing.device.overlapped_gathers), label="updated weights", late=True,
-            ), 1.0, None  # fmt: skip
+            )  # fmt: skip
+            yield event, 1.0, None
+            if pair.copies_s.any():
+                yield _in_order(event, pair), 1.0, None
+
+
+def _in_order(gathers: Event, pair: Reshard) -> Event:
+    """The copies that put in order what an event gathers."""
+    return dataclasses.replace(
+        gathers, seconds=pair.copies_s, n_bytes=np.zeros_like(pair.bytes_by_kind), hides=False,
+        late=False, label="copies",
+    )  # fmt: skip

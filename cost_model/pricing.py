@@ -21,6 +21,9 @@ from cost_model.layout import MeshLayout
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "collective_permute")
 _SMALL, _LARGE = 1e4, 1e9
+_COPY_CYCLES = 22.5
+"""Of XLA:TPU for a register of 8 x 128 that a copy writes when it changes the order of blocks: what
+nearly all such copies in the compiled steps of suite=compiled state, on every generation."""
 _REDUCED_GATHER_DEVICES = 64
 _REDUCED_GATHER_BYTES = 2.0**24
 
@@ -36,7 +39,8 @@ class Pricing:
     seconds_per_byte: np.ndarray
     """[kinds, 2^A]."""
     copy_s_per_byte: float = 0.0
-    """Of a copy that a kernel of its own makes (16-bit types); 0 where it is not known."""
+    """Of a copy that puts blocks in order (16-bit types); 0 where the compiler is not known to make
+    a kernel of it."""
     contractions: dict[tuple, float] = dataclasses.field(default_factory=dict, compare=False)
     """Memo of contraction seconds by (type, batch, m, k, n); may be shared between layouts of one
     device."""
@@ -165,8 +169,7 @@ def times_kernels(device: Device) -> bool:
 
 
 def _copy_s_per_byte(device: Device) -> float:
-    program = load_calibration(device.calibration).constants["program"]
-    return program["bare_cycles"] / device.core_clock_hz / 2048
+    return _COPY_CYCLES / device.core_clock_hz / 2048 if device.family == "tpu" else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,20 +180,26 @@ class Reshard:
     """[P, Q]."""
     bytes_by_kind: np.ndarray
     """[kinds, P, Q] payload bytes."""
+    copies_s: np.ndarray
+    """[P, Q] seconds of kernels that put gathered blocks in order, which nothing hides."""
 
 
-def reshard(p: np.ndarray, q: np.ndarray, n_bytes: float, pricing: Pricing) -> Reshard:
-    """Price going from specs p [P, A] to specs q [Q, A] for a tensor of n_bytes.
+def reshard(
+    p: np.ndarray, q: np.ndarray, n_bytes: float, pricing: Pricing, *, rank: int
+) -> Reshard:
+    """Price going from specs p [P, A] to specs q [Q, A] for a tensor of n_bytes and ``rank``
+    dimensions.
 
     In the order of :func:`placement.apply.steps`, axes of a dimension in the order of the mesh:
     slices, which are local and free; a gather of dropped axes that are in the way; all-to-alls for
     axes that change dimension; a gather of the other dropped axes. An axis that joins a dimension as
     a more minor one than an axis that moves onto it is sliced at the end, when all is paid. Where an
     axis leaves or joins a dimension on which a more minor axis stays, blocks are out of order and are
-    permuted as well. A gather along two dimensions at once leaves blocks that a copy puts in order;
-    some gathers are all-reduces (:attr:`Pricing.reduced_gather_bytes`).
+    permuted as well. A gather along two dimensions at once leaves blocks that a copy puts in order,
+    in smaller registers where few of them lie along the last dimension; some gathers are all-reduces
+    (:attr:`Pricing.reduced_gather_bytes`).
     """
-    seconds, bytes_by_kind = _reshard(
+    seconds, bytes_by_kind, copies_s = _reshard(
         np.ascontiguousarray(p, np.int8),
         np.ascontiguousarray(q, np.int8),
         n_bytes / pricing.shards(p),
@@ -199,8 +208,9 @@ def reshard(p: np.ndarray, q: np.ndarray, n_bytes: float, pricing: Pricing) -> R
         pricing.seconds_per_byte,
         pricing.copy_s_per_byte,
         pricing.reduced_gather_bytes,
+        rank - 1,
     )
-    return Reshard(seconds=seconds, bytes_by_kind=bytes_by_kind)
+    return Reshard(seconds=seconds, bytes_by_kind=bytes_by_kind, copies_s=copies_s)
 
 
 @numba.njit(cache=True)
@@ -223,10 +233,12 @@ def _in_the_way(p, q, axis):
 
 
 @numba.njit(cache=True)
-def _reshard(p, q, start, sizes, latency_s, seconds_per_byte, copy_s_per_byte, reduced):
-    """(seconds [P, Q], bytes [kinds, P, Q]); start [P] is the local size under p."""
+def _reshard(p, q, start, sizes, latency_s, seconds_per_byte, copy_s_per_byte, reduced, last):
+    """(seconds [P, Q], bytes [kinds, P, Q], seconds of copies [P, Q]); start [P] is the local size
+    under p, ``last`` the last dimension."""
     n_axes = p.shape[1]
     seconds = np.zeros((len(p), len(q)))
+    copies = np.zeros((len(p), len(q)))
     moved = np.zeros((len(latency_s), len(p), len(q)))
     gathered = np.zeros(2)
     gather = np.zeros(2, np.int64)
@@ -237,6 +249,7 @@ def _reshard(p, q, start, sizes, latency_s, seconds_per_byte, copy_s_per_byte, r
             gather[:] = 0
             along = -1
             mixed = False
+            ways = 1.0  # blocks along the last dimension
             for axis in range(n_axes):
                 if p[i, axis] < 0 and q[j, axis] >= 0:
                     mover = _moves_onto(p[i], q[j], q[j, axis])
@@ -248,6 +261,8 @@ def _reshard(p, q, start, sizes, latency_s, seconds_per_byte, copy_s_per_byte, r
                     gather[late] |= 1 << axis
                     mixed = mixed or (along >= 0 and p[i, axis] != along)
                     along = p[i, axis]
+                    if along == last:
+                        ways *= sizes[axis]
             local = start[i] / cut
             total = 0.0
             for late in range(2):
@@ -257,7 +272,8 @@ def _reshard(p, q, start, sizes, latency_s, seconds_per_byte, copy_s_per_byte, r
                     kind = 2 if local <= reduced[mask] else 0
                     total += latency_s[kind, mask] + seconds_per_byte[kind, mask] * local
                     if mixed and kind == 0:
-                        total += copy_s_per_byte * local
+                        rows = 8.0 if ways == 1.0 else min(ways, 8.0)
+                        copies[i, j] += copy_s_per_byte * local * 8.0 / rows
                     moved[kind, i, j] += local
                 if late:
                     continue
@@ -279,4 +295,4 @@ def _reshard(p, q, start, sizes, latency_s, seconds_per_byte, copy_s_per_byte, r
                         total += 2 * (latency_s[4, mask] + seconds_per_byte[4, mask] * start[i])
                         moved[4, i, j] += start[i]
             seconds[i, j] = total
-    return seconds, moved
+    return seconds, moved, copies

@@ -147,7 +147,9 @@ def test_where_the_compiler_gathers_by_an_all_reduce(cluster, mesh, limits):
     whole = (1 << len(mesh)) - 1
     spec = np.full((1, len(mesh)), 0, np.int8)
     for n_bytes in (2.0**24, 2.0**25):
-        moved = reshard(spec, np.full_like(spec, -1), n_bytes, pricing).bytes_by_kind[:, 0, 0]
+        moved = reshard(spec, np.full_like(spec, -1), n_bytes, pricing, rank=1).bytes_by_kind[
+            :, 0, 0
+        ]
         reduces = n_bytes <= pricing.reduced_gather_bytes[whole]
         assert moved.tolist() == [0 if reduces else n_bytes, 0, n_bytes if reduces else 0, 0, 0]
 
@@ -157,7 +159,7 @@ def test_a_resharding_is_priced_in_the_order_of_its_steps():
     n = 2.0**20
 
     def moved(p, q):
-        found = reshard(np.array([p], np.int8), np.array([q], np.int8), n, pricing)
+        found = reshard(np.array([p], np.int8), np.array([q], np.int8), n, pricing, rank=2)
         return found.bytes_by_kind[:, 0, 0].tolist()
 
     # the minor axis is in the way of the major one: gathered first, so that more is exchanged

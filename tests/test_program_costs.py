@@ -80,9 +80,12 @@ def test_a_gather_along_two_dimensions_costs_a_copy_more():
     layout = layout_for(parse_cluster("v6e:4x4"), {"data": 4, "model": 4})
     pricing = Pricing.of(layout)
     whole = np.array([[-1, -1]], np.int8)
-    one = reshard(np.array([[0, 0]], np.int8), whole, 1e8, pricing).seconds[0, 0]
-    two = reshard(np.array([[0, 1]], np.int8), whole, 1e8, pricing).seconds[0, 0]
-    assert two == pytest.approx(one + pricing.copy_s_per_byte * 1e8)
+    one = reshard(np.array([[0, 0]], np.int8), whole, 1e8, pricing, rank=2)
+    two = reshard(np.array([[0, 1]], np.int8), whole, 1e8, pricing, rank=2)
+    three = reshard(np.array([[0, 1]], np.int8), whole, 1e8, pricing, rank=3)
+    assert one.seconds[0, 0] == pytest.approx(two.seconds[0, 0]) and one.copies_s[0, 0] == 0
+    assert three.copies_s[0, 0] == pytest.approx(pricing.copy_s_per_byte * 1e8)
+    assert two.copies_s[0, 0] == pytest.approx(2 * three.copies_s[0, 0])  # 4 rows of a register's 8
     assert pricing.copy_s_per_byte > 0
 
 

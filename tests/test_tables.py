@@ -73,7 +73,7 @@ def test_swapping_equal_mesh_axes_does_not_change_the_optimum():
 def test_resharding_costs_nothing_where_nothing_moves_and_slicing_is_free():
     pricing = Pricing.of(layout_for(parse_cluster("v5e:2x4"), {"data": 2, "model": 4}))
     specs = np.array([[-1, -1], [0, -1], [-1, 1], [0, 1], [1, 0]], np.int8)
-    price = reshard(specs, specs, 1e6, pricing)
+    price = reshard(specs, specs, 1e6, pricing, rank=2)
     assert (np.diag(price.seconds) == 0).all()
     assert (price.seconds[0] == 0).all(), "from replicated everything is a slice"
     assert price.seconds[1, 0] > 0 and price.seconds[3, 4] > 0

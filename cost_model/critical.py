@@ -68,6 +68,11 @@ class Paths:
         self._role = np.array([_role(e) for e in s.tables.events], np.int64)
         self._stretch, self.turns = _stretches(s.op, s.region_start, s.region_stop, s.region_trips)
         """[events] how often a step executes each."""
+        # Events of tied groups cost the same choices the same: one of each is charged for all.
+        _, self._first, self._alike = np.unique(
+            np.stack([s.kind, s.node, s.source, s.offset, s.row_offset, s.column_offset]),
+            axis=1, return_index=True, return_inverse=True,
+        )  # fmt: skip
 
     def durations(self, choices: np.ndarray) -> np.ndarray:
         """[events, 3] seconds of an assignment ([nodes]): computing, stopping computation, hiding."""
@@ -91,10 +96,12 @@ class Paths:
         """The table problem whose costs are the lengths of a path, seconds."""
         s, p = self.simulator, self.simulator.tables.problem
         nodes, edges = np.zeros_like(p.node_costs), np.zeros_like(p.edge_costs)
+        first, alike = self._first, self._alike.reshape(-1)
         on = self.turns * np.where(s.kind == COMPUTE, path.computed, 1.0)
         _charge(
-            on, self.turns * path.hidden, s.kind, s.node, s.source, s.seconds, s.mode, s.offset,
-            s.n_columns, s.rows, s.row_offset, s.columns, s.column_offset, self._edge_at,
+            np.bincount(alike, on), np.bincount(alike, self.turns * path.hidden), s.kind[first],
+            s.node[first], s.source[first], s.seconds, s.mode, s.offset[first], s.n_columns[first],
+            s.rows, s.row_offset[first], s.columns, s.column_offset[first], self._edge_at[first],
             p.strategy_offsets, nodes, edges,
         )  # fmt: skip
         return dataclasses.replace(

@@ -303,7 +303,7 @@ def reshards(
 
 def _in_order(gathers: Event, pair: Reshard) -> Event:
     """The copies that put in order what an event gathers."""
+    nothing = np.broadcast_to(0.0, pair.bytes_by_kind.shape)
     return dataclasses.replace(
-        gathers, seconds=pair.copies_s, n_bytes=np.zeros_like(pair.bytes_by_kind), hides=False,
-        late=False, label="copies",
-    )  # fmt: skip
+        gathers, seconds=pair.copies_s, n_bytes=nothing, hides=False, late=False, label="copies"
+    )

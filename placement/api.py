@@ -10,6 +10,8 @@ from typing import Any
 from graphs.errors import MeshwrightError
 
 OBJECTIVES = ("time", "memory", "energy", "carbon", "cost")
+_WRITING = 0.15
+"""Times the seconds of tracing that it takes to write a plan down when the search is over."""
 
 
 def optimizers() -> tuple[str, ...]:
@@ -159,12 +161,13 @@ def _plan(
     graph = trace(train_step, *abstract_args, donate_argnums=donated)
     grouping = group(graph, strict=strict)
     layouts = _layouts(parsed, mesh_shape or user_mesh(graph.ops), max_axes)
+    writing_s = _WRITING * (time.monotonic() - start)
     search = MeshSearch(
         grouping=grouping,
         layouts=layouts,
         optimizer=optimizer,
         objective=objective,
-        deadline=start + time_limit_s,
+        deadline=start + time_limit_s - writing_s,
         grace_s=max(time_limit_s, GRACE_S),
         max_evaluations=max_evaluations,
         seed=seed,

@@ -41,13 +41,13 @@ def computation_bound_s(
     on a mesh that is no good.
     """
     from cost_model.critical import Path, Paths
-    from placement.solver import solve
+    from placement.solver import NEAR, solve
 
     every = np.ones(len(simulator.kind))
     problem = Paths(simulator).problem(
         Path(computed=every, hidden=0.0 * every), limit_bytes + simulator.on_chip_bytes
     )
-    found = solve(problem, time_limit_s=time_limit_s, enough=enough_s)
+    found = solve(problem, time_limit_s=time_limit_s, enough=enough_s, tolerance=NEAR)
     return max(0.0, float(found.lower_bound))
 
 
@@ -72,7 +72,7 @@ def rounds(
     """
     from cost_model.critical import Paths
     from cost_model.operands import with_operands
-    from placement.solver import solve
+    from placement.solver import NEAR, solve
 
     paths = Paths(simulator)
     seconds = paths.durations(choices)
@@ -82,14 +82,22 @@ def rounds(
         # What stays on chip is no device memory, whichever bytes it is.
         problem = paths.problem(means[certain], limit_bytes + simulator.on_chip_bytes)
         found = solve(
-            problem, time_limit_s=time_limit_s, max_evaluations=max_evaluations, bound=certain
+            problem,
+            time_limit_s=time_limit_s,
+            max_evaluations=max_evaluations,
+            bound=certain,
+            tolerance=NEAR,
         )
         answer = fitting = np.asarray(found.assignment, np.int64)
         if found.feasible and simulator.peak_memory_bytes(answer) > limit_bytes:
             counted = with_operands(problem, simulator.tables.operands)
             counted = dataclasses.replace(counted, usage_limit=limit_bytes)
             again = solve(
-                counted, time_limit_s=time_limit_s, max_evaluations=max_evaluations, bound=False
+                counted,
+                time_limit_s=time_limit_s,
+                max_evaluations=max_evaluations,
+                bound=False,
+                tolerance=NEAR,
             )
             fitting = np.asarray(again.assignment, np.int64)
         yield Round(bound_s=max(0.0, float(found.lower_bound)) if certain else 0.0, choices=fitting)

@@ -221,13 +221,19 @@ class Instance:
         self, simulator: Simulator, prior, exposure: float, time_limit_s: float
     ) -> np.ndarray:
         from cost_model.operands import with_operands
-        from placement.solver import solve
+        from placement.solver import NEAR, solve
 
         tables = simulator.tables
         problem = tables.problem if exposure == tables.exposure else tables.at(exposure).problem
         if prior is not None:
             problem = dataclasses.replace(problem, node_costs=problem.node_costs + prior)
-        found = solve(problem, time_limit_s=time_limit_s, max_evaluations=SOLVER_STEPS, bound=False)
+        found = solve(
+            problem,
+            time_limit_s=time_limit_s,
+            max_evaluations=SOLVER_STEPS,
+            bound=False,
+            tolerance=NEAR,
+        )
         choices = np.asarray(found.assignment, np.int64)
         over = simulator.peak_memory_bytes(choices) / self.limit_bytes
         if not 1.0 < over <= ALMOST or problem.peak_usage(choices) > self.limit_bytes:
@@ -237,6 +243,7 @@ class Instance:
             time_limit_s=time_limit_s,
             max_evaluations=SOLVER_STEPS,
             bound=False,
+            tolerance=NEAR,
         )
         counted = np.asarray(found.assignment, np.int64)
         fits = simulator.peak_memory_bytes(counted) <= self.limit_bytes

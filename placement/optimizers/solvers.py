@@ -10,7 +10,7 @@ from placement.optimizers.interface import Assignment, Budget
 
 def search(tables: Tables, key: int, budget: Budget) -> Assignment:
     """Dual ascent and tree-block local search, with a lower bound."""
-    from placement.solver import solve
+    from placement.solver import NEAR, solve
 
     return _assignment(
         solve(
@@ -18,6 +18,7 @@ def search(tables: Tables, key: int, budget: Budget) -> Assignment:
             time_limit_s=budget.time_limit_s,
             seed=key,
             max_evaluations=budget.max_evaluations,
+            tolerance=NEAR,
         )
     )
 

@@ -3,6 +3,6 @@
 from placement.solver.engine import solve
 from placement.solver.exact import exact
 from placement.solver.preparation import prepare
-from placement.solver.solution import Progress, Solution
+from placement.solver.solution import NEAR, Progress, Solution
 
-__all__ = ["Progress", "Solution", "exact", "prepare", "solve"]
+__all__ = ["NEAR", "Progress", "Solution", "exact", "prepare", "solve"]

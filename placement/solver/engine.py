@@ -20,7 +20,7 @@ import numpy as np
 
 from cost_model.problem import FORBIDDEN, Problem
 from graphs.errors import InfeasibleError
-from placement.solver.solution import Progress, Solution
+from placement.solver.solution import CLOSED, Progress, Solution
 
 if TYPE_CHECKING:
     from placement.solver.core import Reduced
@@ -43,6 +43,7 @@ def solve(
     patient: bool = False,
     propose: Callable[[Reduced], np.ndarray] | None = None,
     enough: float = math.inf,
+    tolerance: float = CLOSED,
 ) -> Solution:
     """Near-optimal assignment with a dual bound.
 
@@ -50,11 +51,11 @@ def solve(
     processors, with branch and cut where the problem is small enough; otherwise small problems
     end once nothing has improved for long.
 
-    It ends as soon as the bound is ``enough``. ``initial`` ([N] strategies) is improved upon, never
-    returned worse. ``propose`` gives states of the reduced problem, which local search repairs and
-    improves before anything else. With ``max_evaluations`` everything runs in one thread, and the
-    same seed gives the same answer where the time limit does not bind. Even without time left, one
-    round is made, so as to answer.
+    It ends as soon as the bound is ``enough``, or within ``tolerance`` of the cost. ``initial``
+    ([N] strategies) is improved upon, never returned worse. ``propose`` gives states of the reduced
+    problem, which local search repairs and improves before anything else. With ``max_evaluations``
+    everything runs in one thread, and the same seed gives the same answer where the time limit does
+    not bind. Even without time left, one round is made, so as to answer.
     """
     start = time.monotonic()
     from placement.solver.ascent import Ascent
@@ -73,6 +74,7 @@ def solve(
         max_evaluations=max_evaluations,
         on_progress=on_progress,
         enough=enough,
+        tolerance=tolerance,
     )
     if initial is not None:
         best.offer_assignment(np.asarray(initial))
@@ -264,7 +266,7 @@ def solution_of(
             lower = min(lower, cost)
     status = "infeasible" if best.impossible() else "unknown"
     if feasible:
-        status = "optimal" if proved or best.closed() else "feasible"
+        status = "optimal" if proved or best.optimal() else "feasible"
     return Solution(
         assignment=assignment,
         cost=cost,

@@ -11,9 +11,8 @@ import numpy as np
 
 from placement.solver import _dual
 from placement.solver.core import Reduced
-from placement.solver.solution import Progress
+from placement.solver.solution import CLOSED, Progress
 
-_CLOSED = 1e-6
 _ROUNDING = 1e-12
 
 
@@ -29,12 +28,13 @@ class Incumbent:
         max_evaluations: int | None,
         on_progress: Callable[[Progress], None] | None,
         enough: float = math.inf,
+        tolerance: float = CLOSED,
     ) -> None:
         self.reduced, self.core = reduced, reduced.core
         self.start, self.deadline = start, deadline
         self.budget = math.inf if max_evaluations is None else max_evaluations
         self.on_progress = on_progress
-        self.enough = enough
+        self.enough, self.tolerance = enough, tolerance
         self.x: np.ndarray | None = None
         """[N] int32 core states."""
         self.cost, self.excess = math.inf, math.inf
@@ -50,10 +50,17 @@ class Incumbent:
     def expired(self) -> bool:
         return time.monotonic() >= self.deadline or self.evaluations >= self.budget
 
-    def closed(self) -> bool:
+    def optimal(self) -> bool:
         """The gap to the bound is nothing."""
+        return self._within(CLOSED)
+
+    def closed(self) -> bool:
+        """The gap to the bound is no more than what is tolerated."""
+        return self._within(self.tolerance)
+
+    def _within(self, share: float) -> bool:
         whole = abs(self.cost + self.reduced.constant)
-        return self.feasible and self.cost - self.bound <= _CLOSED * whole
+        return self.feasible and self.cost - self.bound <= share * whole
 
     def impossible(self) -> bool:
         """The bound has passed the cost of every allowed assignment, so none is feasible."""

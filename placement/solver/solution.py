@@ -6,6 +6,11 @@ import dataclasses
 
 import numpy as np
 
+CLOSED = 1e-6
+"""Relative gap between cost and bound that counts as none."""
+NEAR = 1e-4
+"""The same where costs stand for times that are known less well."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Solution:

@@ -16,6 +16,7 @@ from cost_model.mapped import map_events
 from cost_model.operands import Operand, held_bytes
 from cost_model.operators import compute_events, contracts
 from cost_model.partial_sums import (
+    SCATTER,
     combine_events,
     finish_s,
     reduced_whole,
@@ -241,11 +242,14 @@ def reshards(
         specs = _specs_of(grouping, source, view.tensor, choices[i])
         q, columns = unique(choices[j].specs(view.dims))
         parts = sums.summands.get(source, 1)
-        key = (id(choices[i]), summed, id(specs), id(q), t.shape, t.n_bytes, parts)
+        fixed = graph.ops[grouping.groups[source].reductions[0].op].primitive == SCATTER
+        key = (id(choices[i]), summed, fixed, id(specs), id(q), t.shape, t.n_bytes, parts)
         if key not in finished:
             reduced = reduced_whole(grouping, source, choices[i], pricing)
             p, rows = _unique(np.concatenate([specs, reduced[:, None]], 1))
-            seconds, n_bytes = finish_s(p[:, :-1], p[:, -1], q, t.shape, t.n_bytes, pricing)
+            seconds, n_bytes = finish_s(
+                p[:, :-1], p[:, -1], q, t.shape, t.n_bytes, pricing, fixed=fixed
+            )
             finished[key] = (rows, seconds / parts, n_bytes / parts)
         rows, seconds, n_bytes = finished[key]
         return Event(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -28,8 +29,13 @@ _WINDOWED_OVERHEAD = 1.1
 of a dense model that is in no suite: 22 against 11 ms)."""
 
 
+SCATTER = "scatter-add"
+"""Primitive whose result keeps its layout."""
 _LANES = 128
 """Elements of a tile along the minor dimension, on all generations."""
+_WINDOW_TILES = {"v5e": 154, "v6e": 322, "tpu7x": 322}
+"""Most tiles that one window of a reduce-scatter holds: 151 of them did and 157 did not on v5e, 313
+and 331 on v6e. Of tpu7x it is a guess; all others are taken as v5e."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,11 +146,14 @@ def finish_s(
     shape: Sequence[int],
     n_bytes: float,
     pricing: Pricing,
+    *,
+    fixed: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(seconds [P, Q], bytes [kinds, P, Q]) of making a reduce-scatter an all-reduce after all.
 
     Zero where the reader's specs q [Q, A] take the slices that devices hold after a reduce-scatter
-    over ``reduced`` [P] (bit masks) of a tensor with specs p [P, A].
+    over ``reduced`` [P] (bit masks) of a tensor with specs p [P, A]. ``fixed``: its layout is that of
+    a scatter.
     """
     payload = n_bytes / pricing.shards(p)
     extra = pricing.collective_s(2, reduced, payload) - pricing.collective_s(1, reduced, payload)
@@ -153,11 +162,10 @@ def finish_s(
     sliced = pricing.masks(cut) == reduced[:, None]
     top = np.where(cut, q[None], -1).max(-1)
     sliced &= ~(cut & (q[None] != top[..., None])).any(-1)
-    sizes = np.array(pricing.axis_sizes, np.float64)
-    last = len(shape) - 1
-    width = shape[-1] / np.where(q == last, sizes, 1.0).prod(-1) if len(shape) else np.zeros(len(q))
     if pricing.device.family == "tpu":
-        sliced &= (top != last) | (width[None] % (2 * _LANES) != _LANES)  # an odd number of tiles
+        itemsize = n_bytes / max(math.prod(shape), 1)
+        held = np.where(cut, q[None], p[:, None])  # axes change dimension after the slice
+        sliced &= (top != len(shape) - 1) | ~_uneven(held, shape, itemsize, pricing, fixed=fixed)
     for axis in range(p.shape[1]):  # sliced only after another axis has moved there
         for mover in range(axis):
             onto = (p[:, None, mover] >= 0) & (p[:, None, mover] != q[None, :, mover])
@@ -169,6 +177,51 @@ def finish_s(
     moved[2] = np.where(pays, payload[:, None], 0.0)
     moved[1] = -moved[2]
     return seconds, moved
+
+
+def _uneven(
+    specs: np.ndarray,
+    shape: Sequence[int],
+    itemsize: float,
+    pricing: Pricing,
+    *,
+    fixed: bool = False,
+) -> np.ndarray:
+    """[...] whether XLA:TPU makes no reduce-scatter along the last dimension into shards of these
+    specs [..., A], but all-reduces and slices.
+
+    Of 16-bit types a packed tile is two tiles wide. Shards of an odd number of whole tiles do not
+    fill it. Others that do not are laid out the other way round, unless the layout is ``fixed`` as
+    that of scatters is, or the tiles of the other dimension cannot be cut into small enough windows
+    (programs of one contraction compiled for v5e, v6e and v5p, and steps of suite=compiled).
+    """
+    if not shape or itemsize != 2:
+        return np.zeros(specs.shape[:-1], bool)
+    sizes = np.array(pricing.axis_sizes, np.float64)
+    width = shape[-1] / np.where(specs == len(shape) - 1, sizes, 1.0).prod(-1)
+    over = width % (2 * _LANES)
+    if fixed:
+        return over > 0
+    found = over == _LANES
+    if len(shape) == 2:
+        rows = shape[0] / np.where(specs == 0, sizes, 1.0).prod(-1)
+        for n in np.unique(rows):
+            tiles = math.ceil(n / _LANES)
+            if _largest_prime(tiles) > _WINDOW_TILES.get(pricing.device.name, _WINDOW_TILES["v5e"]):
+                found |= (over > 0) & (rows == n)
+    return found
+
+
+@functools.cache
+def _largest_prime(n: int) -> int:
+    """Largest prime factor; 1 of 1."""
+    factor = 2
+    while factor * factor <= n:
+        if n % factor == 0:
+            n //= factor
+        else:
+            factor += 1
+    return n
 
 
 def windowed_s(grouping: Grouping, g: int, choices: Choices, pricing: Pricing) -> np.ndarray:
@@ -274,7 +327,13 @@ def combine_events(
         if windowed or loop_s is not None:
             passed = passes_sums_on(grouping, g, choices, pricing.axis_sizes)
         if pricing.device.family == "tpu":  # an explicit slice is no more than a reader's
-            whole = (scatter_mask > 0) & ~pricing.becomes_scatter[scatter_mask] & ~passed
+            specs = choices.specs(item.tensors[result], result=True)
+            last = (scattered & (specs == len(tensor.shape) - 1)).any(-1)
+            uneven = _uneven(
+                specs, tensor.shape, tensor.itemsize, pricing, fixed=op.primitive == SCATTER
+            )
+            whole = ~pricing.becomes_scatter[scatter_mask] & ~passed
+            whole = (whole | (last & uneven)) & (scatter_mask > 0)
             n_bytes[2] = np.where(whole, after * scatter_ways * spread, n_bytes[2])
             n_bytes[1] = np.where(whole, 0.0, n_bytes[1])
             reduce_mask = np.where(whole, reduce_mask | scatter_mask, reduce_mask)

@@ -11,8 +11,8 @@ from graphs.names import BATCH, HIDDEN, PARALLEL, name_classes
 from graphs.trace import trace
 
 
-def arg(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+def arg(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def mlp_step(n_layers, scan=False, scale=1, batch=32):

@@ -3,6 +3,7 @@ gathers, reshardings; and the copies of the state."""
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_groups import arg
@@ -42,10 +43,12 @@ def test_where_the_compiler_scatters(cluster, mesh, scattered):
     assert found[1:].tolist() == scattered
 
 
-def estimates(shape, mesh, cluster):
+def estimates(shape, mesh, cluster, dtype=jnp.float32, step=update):
     """Of every assignment whose contraction is shared by rows and whose sum is whole."""
     m, n = shape
-    t = tables(update, (arg(m, n), arg(4096, m), arg(4096, n)), mesh, cluster, donate=(0,))
+    rows = arg(4096, m, dtype=dtype) if step is update else arg(4096, dtype=jnp.int32)
+    arguments = (arg(m, n, dtype=dtype), rows, arg(4096, n, dtype=dtype))
+    t = tables(step, arguments, mesh, cluster, donate=(0,))
     simulator = Simulator.of(t)
     found = []
     for picks in itertools.product(*(range(k) for k in t.problem.n_strategies())):
@@ -65,14 +68,33 @@ def test_a_sum_that_is_read_in_slices_is_scattered_and_one_that_is_read_whole_is
     assert 1.5 * sliced < whole < 2.5 * sliced
 
 
-def test_slices_of_an_odd_number_of_tiles_are_cut_from_an_all_reduce():
-    rows_only = estimates((1024, 8 * 128), {"data": 8}, "v5e:2x4")
-    both = estimates((1024, 8 * 256), {"data": 8}, "v5e:2x4")
+def lookup(weights, rows, errors):
+    return weights - 0.1 * jnp.zeros_like(weights).at[rows].add(errors)
 
-    def scattered(found):
-        return sum(not e.collectives["all_reduce"] for e in found)
 
-    assert 0 < scattered(rows_only) < scattered(both)
+# Programs of one contraction compiled for slices of 16 devices; rows are such that no axis divides
+# them, so that only columns can be scattered.
+@pytest.mark.parametrize(
+    ("cluster", "rows", "width", "dtype", "step", "scatters"),
+    [
+        ("v5e:2x4", 1021, 128, jnp.bfloat16, update, False),
+        ("v5e:2x4", 1021, 384, jnp.bfloat16, update, False),
+        ("v5e:2x4", 1021, 256, jnp.bfloat16, update, True),
+        ("v5e:2x4", 1021, 64, jnp.bfloat16, update, True),
+        ("v5e:2x4", 1021, 128, jnp.float32, update, True),
+        ("v5e:2x4", 151 * 128 - 1, 64, jnp.bfloat16, update, True),
+        ("v5e:2x4", 157 * 128 - 1, 64, jnp.bfloat16, update, False),
+        ("v5e:2x4", 157 * 128 - 1, 256, jnp.bfloat16, update, True),
+        ("v6e:2x4", 313 * 128 - 1, 64, jnp.bfloat16, update, True),
+        ("v6e:2x4", 331 * 128 - 1, 64, jnp.bfloat16, update, False),
+        ("v5e:2x4", 1021, 64, jnp.bfloat16, lookup, False),
+        ("v5e:2x4", 1021, 256, jnp.bfloat16, lookup, True),
+        ("h100:8", 1021, 128, jnp.bfloat16, update, True),
+    ],
+)
+def test_columns_that_the_compiler_scatters(cluster, rows, width, dtype, step, scatters):
+    found = estimates((rows, 8 * width), {"data": 8}, cluster, dtype, step)
+    assert any(not e.collectives["all_reduce"] for e in found) == scatters
 
 
 def test_a_square_torus_all_reduces_whatever_is_read():

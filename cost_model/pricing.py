@@ -192,12 +192,12 @@ def reshard(
 
     In the order of :func:`placement.apply.steps`, axes of a dimension in the order of the mesh:
     slices, which are local and free; a gather of dropped axes that are in the way; all-to-alls for
-    axes that change dimension; a gather of the other dropped axes. An axis that joins a dimension as
-    a more minor one than an axis that moves onto it is sliced at the end, when all is paid. Where an
-    axis leaves or joins a dimension on which a more minor axis stays, blocks are out of order and are
-    permuted as well. A gather along two dimensions at once leaves blocks that a copy puts in order,
-    in smaller registers where few of them lie along the last dimension; some gathers are all-reduces
-    (:attr:`Pricing.reduced_gather_bytes`).
+    axes that change dimension, one for all that go from one dimension to one other; a gather of the
+    other dropped axes. An axis that joins a dimension as a more minor one than an axis that moves onto
+    it is sliced at the end, when all is paid. Where an axis leaves or joins a dimension on which a more
+    minor axis stays, blocks are out of order and are permuted as well. A gather along two dimensions
+    at once leaves blocks that a copy puts in order, in smaller registers where few of them lie along
+    the last dimension; some gathers are all-reduces (:attr:`Pricing.reduced_gather_bytes`).
     """
     seconds, bytes_by_kind, copies_s = _reshard(
         np.ascontiguousarray(p, np.int8),
@@ -278,8 +278,17 @@ def _reshard(p, q, start, sizes, latency_s, seconds_per_byte, copy_s_per_byte, r
                 if late:
                     continue
                 for axis in range(n_axes):
-                    if p[i, axis] >= 0 and q[j, axis] >= 0 and p[i, axis] != q[j, axis]:
-                        mask = 1 << axis
+                    source, target = p[i, axis], q[j, axis]
+                    if source < 0 or target < 0 or source == target or sizes[axis] == 1.0:
+                        continue
+                    mask = 0  # axes that go the same way go together
+                    for other in range(n_axes):
+                        if p[i, other] == source and q[j, other] == target and sizes[other] > 1.0:
+                            if other < axis:
+                                mask = -1
+                                break
+                            mask |= 1 << other
+                    if mask > 0:
                         total += latency_s[3, mask] + seconds_per_byte[3, mask] * local
                         moved[3, i, j] += local
             for major in range(n_axes):

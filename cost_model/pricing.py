@@ -194,10 +194,11 @@ def reshard(
     slices, which are local and free; a gather of dropped axes that are in the way; all-to-alls for
     axes that change dimension, one for all that go from one dimension to one other; a gather of the
     other dropped axes. An axis that joins a dimension as a more minor one than an axis that moves onto
-    it is sliced at the end, when all is paid. Where an axis leaves or joins a dimension on which a more
-    minor axis stays, blocks are out of order and are permuted as well. A gather along two dimensions
-    at once leaves blocks that a copy puts in order, in smaller registers where few of them lie along
-    the last dimension; some gathers are all-reduces (:attr:`Pricing.reduced_gather_bytes`).
+    it, or a dimension that another axis leaves, is sliced at the end, when all is paid. Where an axis
+    leaves or joins a dimension on which a more minor axis stays, blocks are out of order and are
+    permuted as well. A gather along two dimensions at once leaves blocks that a copy puts in order, in
+    smaller registers where few of them lie along the last dimension; some gathers are all-reduces
+    (:attr:`Pricing.reduced_gather_bytes`).
     """
     seconds, bytes_by_kind, copies_s = _reshard(
         np.ascontiguousarray(p, np.int8),
@@ -220,6 +221,15 @@ def _moves_onto(p, q, dim):
         if q[axis] == dim and p[axis] >= 0 and p[axis] != dim:
             return axis
     return -1
+
+
+@numba.njit(cache=True)
+def _leaves(p, q, dim):
+    """Whether an axis leaves a dimension; what is cut from it before would be of other blocks."""
+    for axis in range(len(p)):
+        if p[axis] == dim and q[axis] != dim:
+            return True
+    return False
 
 
 @numba.njit(cache=True)
@@ -253,7 +263,7 @@ def _reshard(p, q, start, sizes, latency_s, seconds_per_byte, copy_s_per_byte, r
             for axis in range(n_axes):
                 if p[i, axis] < 0 and q[j, axis] >= 0:
                     mover = _moves_onto(p[i], q[j], q[j, axis])
-                    if mover < 0 or mover > axis:
+                    if (mover < 0 or mover > axis) and not _leaves(p[i], q[j], q[j, axis]):
                         cut *= sizes[axis]
                 elif p[i, axis] >= 0 and q[j, axis] < 0 and sizes[axis] > 1.0:
                     late = 0 if _in_the_way(p[i], q[j], axis) else 1

@@ -192,6 +192,9 @@ def test_a_resharding_is_priced_in_the_order_of_its_steps():
     assert moved([0, -1], [1, 1]) == [0, 0, 0, n / 8, 0]
     # elsewhere it is cut at once
     assert moved([0, -1], [1, 2]) == [0, 0, 0, n / 16, 0]
+    # and so it is where another axis has left
+    assert moved([-1, 0], [0, 1]) == [0, 0, 0, n / 2, 0]
+    assert moved([-1, 0], [0, -1]) == [n, 0, 0, 0, 0]
     # axes that go the same way go together, others one after the other
     assert moved([0, 0], [1, 1]) == [0, 0, 0, n / 16, 0]
     assert moved([0, 0], [1, 2]) == [0, 0, 0, 2 * n / 16, 0]

@@ -23,7 +23,7 @@ KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "collective
 _SMALL, _LARGE = 1e4, 1e9
 _COPY_CYCLES = 22.5
 """Of XLA:TPU for a register of 8 x 128 that a copy writes when it changes the order of blocks: what
-nearly all such copies in the compiled steps of suite=compiled state, on every generation."""
+most such copies in the compiled steps of suite=compiled state (v5e, v5p and v6e)."""
 _REDUCED_GATHER_DEVICES = 64
 _REDUCED_GATHER_BYTES = 2.0**24
 
@@ -233,6 +233,19 @@ def _leaves(p, q, dim):
 
 
 @numba.njit(cache=True)
+def _exchanged(p, q, axis, sizes):
+    """The axes, a bit mask, that change their dimension together with an axis, if it is the first of
+    them; else 0."""
+    if p[axis] < 0 or q[axis] < 0 or p[axis] == q[axis]:
+        return 0
+    mask = 0
+    for other in range(len(p)):
+        if p[other] == p[axis] and q[other] == q[axis] and sizes[other] > 1.0:
+            mask |= 1 << other
+    return mask if mask & -mask == 1 << axis else 0
+
+
+@numba.njit(cache=True)
 def _in_the_way(p, q, axis):
     """Whether a dropped axis has to be gathered before others change their dimension."""
     for other in range(len(p)):
@@ -288,17 +301,8 @@ def _reshard(p, q, start, sizes, latency_s, seconds_per_byte, copy_s_per_byte, r
                 if late:
                     continue
                 for axis in range(n_axes):
-                    source, target = p[i, axis], q[j, axis]
-                    if source < 0 or target < 0 or source == target or sizes[axis] == 1.0:
-                        continue
-                    mask = 0  # axes that go the same way go together
-                    for other in range(n_axes):
-                        if p[i, other] == source and q[j, other] == target and sizes[other] > 1.0:
-                            if other < axis:
-                                mask = -1
-                                break
-                            mask |= 1 << other
-                    if mask > 0:
+                    mask = _exchanged(p[i], q[j], axis, sizes)
+                    if mask:
                         total += latency_s[3, mask] + seconds_per_byte[3, mask] * local
                         moved[3, i, j] += local
             for major in range(n_axes):

@@ -72,8 +72,9 @@ def lookup(weights, rows, errors):
     return weights - 0.1 * jnp.zeros_like(weights).at[rows].add(errors)
 
 
-# Programs of one contraction compiled for slices of 16 devices; rows are such that no axis divides
-# them, so that only columns can be scattered.
+# Read off programs of one contraction over eight shards, compiled for slices of 16 devices, and of
+# lookups off steps of suite=compiled; XLA:GPU has no such rule. No axis divides the rows, so that
+# only columns can be scattered.
 @pytest.mark.parametrize(
     ("cluster", "rows", "width", "dtype", "step", "scatters"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,10 +11,10 @@ import numpy as np
 from cost_model.device import Device
 from cost_model.fusion import Fusion
 from cost_model.gpu_fusion import own_passes
-from cost_model.live import Lifetime, lifetimes, readers_of
+from cost_model.live import SLICED, Lifetime, lifetimes, readers_of
 from cost_model.partial_sums import Sums
 from cost_model.pricing import times_kernels
-from cost_model.state_copies import state_of
+from cost_model.state_copies import contracted, state_of
 from graphs.fold import fold
 from graphs.groups import HEAVY, Grouping
 
@@ -34,6 +35,8 @@ class Analysis:
     """Heavy groups whose result only the optimizer reads (the groups that make the new state)."""
     state: frozenset[int]
     """Tensors of :func:`cost_model.state_copies.state_of`."""
+    contracted: frozenset[int]
+    """:func:`cost_model.state_copies.contracted`."""
     readers: Mapping[tuple[int, int], list[int]]
     """:func:`cost_model.live.readers_of`."""
     lifetimes: tuple[Lifetime, ...]
@@ -53,19 +56,26 @@ class Analysis:
         fusion = Fusion.of(grouping)
         if times_kernels(device):
             fusion = dataclasses.replace(fusion, passes=own_passes(grouping, fusion.stored))
+        sums, gradients = Sums.of(grouping, device), _gradients(grouping)
         return cls(
             grouping=grouping,
             device=device,
             tied=fold(grouping) if tied is None else tied,
             times=grouping.graph.multiplicities(),
             fusion=fusion,
-            sums=Sums.of(grouping, device),
-            gradients=_gradients(grouping),
+            sums=sums,
+            gradients=gradients,
             state=state_of(grouping.graph),
+            contracted=contracted(grouping),
             readers=readers_of(grouping),
-            lifetimes=lifetimes(grouping, fusion.stored, device),
+            lifetimes=lifetimes(grouping, fusion, sums.sliced & gradients, device),
             contractions={} if contractions is None else contractions,
         )
+
+    @functools.cached_property
+    def waiting(self) -> dict[int, tuple[int, int]]:
+        """Group whose result may be sliced when it is combined -> when it then waits for its reader."""
+        return {x.group: x.interval for x in self.lifetimes if x.where == SLICED}
 
 
 def _gradients(grouping: Grouping) -> frozenset[int]:

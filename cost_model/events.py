@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from cost_model.analysis import Analysis
+from cost_model.live import fragmentation
 from cost_model.mapped import map_events
 from cost_model.operands import Operand, held_bytes
 from cost_model.operators import compute_events, contracts
@@ -24,7 +25,7 @@ from cost_model.partial_sums import (
     windowed_s,
 )
 from cost_model.pricing import KINDS, Pricing, Reshard, reshard
-from cost_model.state_copies import state_copies_s
+from cost_model.state_copies import GATHERED_SHARE, state_copies_s
 from graphs.choices import Choices
 from graphs.groups import COPY, HEAVY, LEAF, Group, Grouping
 
@@ -200,14 +201,15 @@ def _unique(specs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def reshards(
     analysis: Analysis, node_of: np.ndarray, choices: Sequence[Choices], pricing: Pricing
-) -> Iterator[tuple[Event, float, Operand | None]]:
-    """Every resharding that can take time: (event, trips, the copy it makes)."""
+) -> Iterator[tuple[Event | None, float, Operand | None]]:
+    """Every resharding that takes time or memory: (event, trips, what it leaves in memory)."""
     grouping, sums, times = analysis.grouping, analysis.sums, analysis.times
     graph = grouping.graph
     priced: dict[tuple, Reshard] = {}
     finished: dict[tuple, tuple] = {}
     copies: dict[int, np.ndarray] = {}
     distinct: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    spread = fragmentation(pricing.device)
 
     def unique(specs):
         """Choices keep their specs, so that an array stands for its contents."""
@@ -230,7 +232,7 @@ def reshards(
         """Bytes of the copy that node j reads."""
         if id(pair) not in copies:
             specs, _ = unique(choices[j].specs(view.dims))
-            n_bytes = graph.tensors[view.tensor].n_bytes
+            n_bytes = spread * graph.tensors[view.tensor].n_bytes
             copies[id(pair)] = held_bytes(pair.seconds, n_bytes, pricing.shards(specs))
         return copies[id(pair)]
 
@@ -247,16 +249,22 @@ def reshards(
         if key not in finished:
             reduced = reduced_whole(grouping, source, choices[i], pricing)
             p, rows = _unique(np.concatenate([specs, reduced[:, None]], 1))
-            seconds, n_bytes = finish_s(
+            seconds, n_bytes, scattered = finish_s(
                 p[:, :-1], p[:, -1], q, t.shape, t.n_bytes, pricing, fixed=fixed
             )
-            finished[key] = (rows, seconds / parts, n_bytes / parts)
-        rows, seconds, n_bytes = finished[key]
-        return Event(
+            slices = np.where(scattered, pricing.shards(q), pricing.shards(p[:, :-1])[:, None])
+            finished[key] = (rows, seconds / parts, n_bytes / parts, t.n_bytes / slices)
+        rows, seconds, n_bytes, held = finished[key]
+        event = Event(
             kind=RESHARD, op=min(view.ops or (0,)), region=view.region, node=j, source=i,
             seconds=seconds, n_bytes=n_bytes, rows=rows, columns=columns, hides=False,
             label="partial sums",
         )  # fmt: skip
+        span = analysis.waiting.get(source)
+        if span is None:
+            return event, None
+        kept = Operand(source=i, node=j, interval=span, held_bytes=held, rows=rows, columns=columns)
+        return event, kept
 
     for g, item in enumerate(grouping.groups):
         j = int(node_of[g])
@@ -284,10 +292,11 @@ def reshards(
                 if priced_pair.copies_s.any():
                     yield _in_order(event, priced_pair), times[view.region], None
             if source in sums.sliced:
-                event = finish(source, view, j)
-                if event.seconds.any():
-                    yield event, times[view.region], None
+                event, kept = finish(source, view, j)
+                if kept is not None or event.seconds.any():
+                    yield event if event.seconds.any() else None, times[view.region], kept
     last = len(graph.ops) - 1
+    updates = 1 + max((o for g in grouping.groups if g.kind == HEAVY for o in g.ops), default=last)
     for a, b in graph.aliases:
         t_in, t_out = graph.inputs[a], graph.outputs[b]
         source, target = grouping.group_of[t_out], grouping.group_of[t_in]
@@ -300,7 +309,16 @@ def reshards(
                 seconds=pair.seconds, n_bytes=pair.bytes_by_kind, rows=rows, columns=columns,
                 hides=bool(pricing.device.overlapped_gathers), label="updated weights", late=True,
             )  # fmt: skip
-            yield event, 1.0, None
+            copy = None
+            if target in analysis.contracted and pricing.device.family == "tpu":
+                shards = pricing.shards(unique(choices[j].specs(dims_in))[0])
+                n_bytes = GATHERED_SHARE * graph.tensors[t_in].n_bytes
+                held = held_bytes(pair.seconds, n_bytes, shards)
+                copy = Operand(
+                    source=i, node=j, interval=(0, updates), held_bytes=held, rows=rows,
+                    columns=columns,
+                )  # fmt: skip
+            yield event, 1.0, copy
             if pair.copies_s.any():
                 yield _in_order(event, pair), 1.0, None
 

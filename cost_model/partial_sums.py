@@ -148,8 +148,9 @@ def finish_s(
     pricing: Pricing,
     *,
     fixed: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(seconds [P, Q], bytes [kinds, P, Q]) of making a reduce-scatter an all-reduce after all.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(seconds [P, Q], bytes [kinds, P, Q]) of making a reduce-scatter an all-reduce after all, and
+    [P, Q] whether it stays one, so that devices hold their slices only.
 
     Zero where the reader's specs q [Q, A] take the slices that devices hold after a reduce-scatter
     over ``reduced`` [P] (bit masks) of a tensor with specs p [P, A]. ``fixed``: its layout is that of
@@ -176,7 +177,7 @@ def finish_s(
     moved = np.zeros((5, *seconds.shape))
     moved[2] = np.where(pays, payload[:, None], 0.0)
     moved[1] = -moved[2]
-    return seconds, moved
+    return seconds, moved, deferred[:, None] & sliced
 
 
 def _uneven(

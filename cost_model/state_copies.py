@@ -12,13 +12,20 @@ from __future__ import annotations
 
 import numpy as np
 
+from cost_model.fusion import CONTRACTIONS
 from cost_model.pricing import Pricing
 from graphs.choices import Choices
 from graphs.graph import Graph
-from graphs.groups import Grouping
+from graphs.groups import COPY, HEAVY, LEAF, Grouping
 
 _SHARE_SHARDED, _SHARE_OTHER = 0.38, 1.26
 """Bytes copied over bytes of the array, where it is sharded over all devices and where not."""
+GATHERED_SHARE = 0.73
+"""Bytes over those of the array that lie beside it for the whole step, where its update is gathered:
+0 to 1.0 in the fourteen compiled steps of rules that shard the moments only, this in the mean."""
+RELAID_SHARE = 0.5
+"""Bytes over those of the arrays of :func:`relaid_state` that lie beside them at the peak: 0 or 1 of
+single arrays, about a half of all in the compiled steps."""
 _OVER_BANDWIDTH = 1.45
 """Time of such a copy over that of its bytes at the bandwidth of the memory (the same steps)."""
 
@@ -26,6 +33,37 @@ _OVER_BANDWIDTH = 1.45
 def state_of(graph: Graph) -> frozenset[int]:
     """Tensors of the arguments whose memory results take."""
     return frozenset(graph.inputs[a] for a, _ in graph.aliases)
+
+
+def contracted(grouping: Grouping) -> frozenset[int]:
+    """Groups of weights that contractions read, themselves or a copy of them."""
+    found = set()
+    for g, item in enumerate(grouping.groups):
+        if item.kind != HEAVY:
+            continue
+        for view in item.views:
+            if any(grouping.graph.ops[o].primitive in CONTRACTIONS for o in view.ops):
+                source = grouping.source_group(g, view)
+                if grouping.groups[source].kind == COPY:
+                    source = grouping.group_of[grouping.groups[source].source]
+                if grouping.groups[source].kind == LEAF:
+                    found.add(int(source))
+    return frozenset(found)
+
+
+def relaid_state(grouping: Grouping) -> frozenset[int]:
+    """Tensors of the state that XLA:TPU may copy into the layout of the gradient ahead of the update:
+    the weights of contractions that no loop slices, and moments of their shapes."""
+    graph = grouping.graph
+    state = state_of(graph)
+    sliced = {t for op in graph.ops if op.primitive == "scan_slice" for t in op.inputs}
+    shapes = {
+        graph.tensors[t].shape
+        for g in contracted(grouping)
+        for t in grouping.groups[g].tensors
+        if t in state and t not in sliced
+    }
+    return frozenset(t for t in state - sliced if graph.tensors[t].shape in shapes)
 
 
 def state_copies_s(

@@ -135,9 +135,11 @@ def build_tables(
     operands = []
     alike: dict[tuple, tuple[Event, float]] = {}
     for event, weight, copy in reshards(analysis, node_of, choices, pricing):
-        events.append(event)
         if copy is not None:
             operands.append(copy)
+        if event is None:
+            continue
+        events.append(event)
         arrays = (id(event.seconds), id(event.rows), id(event.columns))
         key = (event.source, event.node, event.hides, *arrays)
         alike[key] = (event, weight + alike[key][1] if key in alike else weight)
@@ -166,7 +168,7 @@ def build_tables(
         choices,
         node_costs,
         edges,
-        usage_entries(analysis.lifetimes, grouping.graph, node_of, choices, pricing.axis_sizes),
+        usage_entries(analysis.lifetimes, grouping, node_of, choices, pricing.axis_sizes),
         usage_limit_bytes,
     )
     hidden_edges = [

@@ -62,7 +62,7 @@ class Kept:
             if device.name in _STORES_WEIGHTS:
                 made -= quotients(graph, across)
             held -= made | made_in_reductions(grouping)
-        until = read_until(grouping, held, across)
+        until = read_until(grouping, held, across, early=tpu)
         return cls(
             held=frozenset(held),
             made=frozenset(made),
@@ -75,7 +75,7 @@ class Kept:
 def last_uses(graph: Graph) -> np.ndarray:
     """[tensors] position after the last use, loops counted to their end; -1 if unused."""
     last = np.full(len(graph.tensors), -1, np.int64)
-    ends = _Ends(graph)
+    ends = _Ends(graph, early=False)
     for i, op in enumerate(graph.ops):
         for t in op.inputs:
             if t >= 0:
@@ -87,10 +87,13 @@ def last_uses(graph: Graph) -> np.ndarray:
 
 
 class _Ends:
-    """Until when a use keeps a value: the op itself, or the end of the loop that it is in."""
+    """Until when a use keeps a value: the op itself, or the end of the loop that it is in.
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    ``early``: what a loop stacks is stacked as soon as it is made.
+    """
+
+    def __init__(self, graph: Graph, *, early: bool) -> None:
+        self.graph, self.early = graph, early
         self.stop: dict[tuple[int, int], int] = {}  # (home of a value, region of its use)
         self.chain: dict[int, list[int]] = {}
         for r in range(len(graph.regions)):
@@ -101,10 +104,10 @@ class _Ends:
             self.chain[r] = up
 
     def after(self, t: int, i: int) -> int:
-        """Position after the use of tensor t by op i. What a loop stacks is stacked when it is made."""
+        """Position after the use of tensor t by op i."""
         home, region = self.graph.tensors[t].region, self.graph.ops[i].region
         if home == region:
-            stacked = self.graph.ops[i].primitive == "scan_stack"
+            stacked = self.early and self.graph.ops[i].primitive == "scan_stack"
             return max(self.graph.tensors[t].producer, 0) + 1 if stacked else i + 1
         if (home, region) not in self.stop:
             around = [self.graph.regions[r] for r in self.chain[region]]
@@ -219,16 +222,19 @@ def itemsizes(graph: Graph) -> np.ndarray:
     return found
 
 
-def read_until(grouping: Grouping, held: Set[int], replaced: Set[int]) -> np.ndarray:
+def read_until(
+    grouping: Grouping, held: Set[int], replaced: Set[int], *, early: bool
+) -> np.ndarray:
     """[tensors] as :func:`last_uses`, uses through values that are kept nowhere included.
 
     A fused loop that needs such a value computes it again from what is in memory, so that this
     stays there until then: the logits, for one, until the gradient of the loss is made from them.
     A reduction ends the chain, for its result is kept. A value in ``replaced`` takes the place of
-    one of the same size that it is made from (XLA keeps either and computes the other).
+    one of the same size that it is made from (XLA keeps either and computes the other). ``early``:
+    what a loop stacks is stacked when it is made, as XLA:TPU does.
     """
     graph = grouping.graph
-    ends = _Ends(graph)
+    ends = _Ends(graph, early=early)
     until = np.full(len(graph.tensors), -1, np.int64)
     until[[t for t in graph.outputs if t >= 0]] = len(graph.ops) + 1
     for i in range(len(graph.ops) - 1, -1, -1):

@@ -139,14 +139,21 @@ def verification_table(verification: Any) -> Any:
     """What was predicted beside what the compiler says."""
     from rich.table import Table
 
-    verdict = "the plan compiles and fits" if verification.fits else verification.status
-    if verification.message:
-        verdict += f": {verification.message}"
-    caption = (
-        f"{verification.kernels} kernels, {verification.unknown_kernels} of them without the "
-        f"compiler's estimate; compiled in {words.seconds(verification.compile_time_s)}"
-        f"{' before (cached)' if verification.cached else ''}"
-    )
+    whole = verification.kernels > 0
+    verdict = f"the plan {'compiles and ' if whole else ''}fits"
+    if verification.status != "ok":
+        verdict = f"{verification.status}: {verification.message}"
+    elif not verification.fits:
+        room = words.quantity(verification.capacity_bytes, "bytes")
+        verdict = f"the plan does not fit into {room}"
+    caption = "its memory alone; compiled as far in "
+    if whole:
+        caption = (
+            f"{verification.kernels} kernels, {verification.unknown_kernels} of them without the "
+            "compiler's estimate; compiled in "
+        )
+    caption += words.seconds(verification.compile_time_s)
+    caption += " before (cached)" if verification.cached else ""
     table = Table(
         title=f"XLA's word: {verdict}",
         title_justify="left",

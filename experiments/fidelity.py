@@ -1,11 +1,12 @@
-"""meshwright fidelity [out=FILE.md] [compiled=DIR] [refit=true]: how far the cost models are from
-what was measured.
+"""meshwright fidelity [out=FILE.md] [compiled=DIR] [memory=FILE.csv] [refit=true]: how far the cost
+models are from what was measured.
 
 Everything in the file is computed when the command runs: published runs, their memory, ranking
 and error bands, published energy figures, train steps that the TPU compiler compiled, and the
 held-out operator profiles that ship. Pictures go to a folder beside the file (default
 docs/fidelity.md). ``compiled`` is the folder of results of suite=compiled (default
 benchmarks/results/compiled); ``refit=true`` calibrates the error bands of estimated steps on it.
+``memory`` is the table that benchmarks/memory.py writes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import typing
 
 from graphs.errors import MeshwrightError
 from placement.experiments import _arguments, _hydra
-from placement.experiments._compiled import compiled_section
+from placement.experiments._compiled import compiled_section, memory_section
 from placement.experiments._markdown import percent, table
 
 
@@ -27,13 +28,15 @@ def main(argv: list[str]) -> int:
     chosen = {
         "out": "docs/fidelity.md",
         "compiled": "benchmarks/results/compiled",
+        "memory": "benchmarks/results/memory/results.csv",
         "refit": "false",
     }
     for text in argv:
         key, _, value = text.partition("=")
         if key not in chosen or not value:
             raise MeshwrightError(
-                f"unknown setting {text!r}; use out=FILE.md, compiled=DIR or refit=true"
+                f"unknown setting {text!r}; use out=FILE.md, compiled=DIR, memory=FILE.csv "
+                "or refit=true"
             )
         chosen[key] = value
     if chosen["refit"] not in ("true", "false"):
@@ -51,6 +54,7 @@ def main(argv: list[str]) -> int:
             *_constants(),
             *_energy(),
             *compiled_section(pathlib.Path(chosen["compiled"]), chosen["refit"] == "true"),
+            *memory_section(pathlib.Path(chosen["memory"])),
             *_operators(),
         ]
     )

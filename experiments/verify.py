@@ -6,6 +6,7 @@ The compiler runs in a child process, for hardware that need not be here.
 examples:
   meshwright verify out/plan.json
   meshwright verify out/plan.json report=out/report.html
+  meshwright verify out/plan.json memory=true     its memory alone, which XLA:TPU knows in seconds
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def main(argv: list[str]) -> int:
     if _hydra.wants_help(argv):
         print((__doc__ or "").strip())
         return 0
+    memory_only, argv = _taken("memory", argv)
     paths = [a for a in argv if "=" not in a]
     if len(paths) != 1:
         raise MeshwrightError("verify takes one plan file: meshwright verify out/plan.json")
@@ -30,7 +32,7 @@ def main(argv: list[str]) -> int:
 
     plan = placement.Plan.load(paths[0])
     step = step_of(config)
-    verification = placement.verify(plan, step.function, *step.arguments)
+    verification = placement.verify(plan, step.function, *step.arguments, memory_only=memory_only)
     _summary.console().print(_summary.verification_table(verification))
     if config.report:
         from placement.report import write_report
@@ -44,3 +46,13 @@ def main(argv: list[str]) -> int:
         )
         print(f"wrote {config.report}")
     return 0 if verification.fits else 1
+
+
+def _taken(key: str, argv: list[str]) -> tuple[bool, list[str]]:
+    """Whether ``key=true`` is among the arguments, and the others."""
+    values = {"true": True, "false": False}
+    given = [a.partition("=")[2].lower() for a in argv if a.startswith(f"{key}=")]
+    for value in given:
+        if value not in values:
+            raise MeshwrightError(f"{key}={value} is neither true nor false; write {key}=true")
+    return any(values[v] for v in given), [a for a in argv if not a.startswith(f"{key}=")]

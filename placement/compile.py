@@ -28,12 +28,14 @@ from typing import Any
 
 from cost_model.layout import MeshLayout, device_order
 from graphs.errors import MeshwrightError
-from placement import compile_cache, compile_schedule, hlo
+from placement import compile_cache, compile_early, hlo
 
 _DUMP = ("--xla_dump_to={dump}", "--xla_dump_hlo_as_text=true")
 _GPU_FLAGS = ("--xla_gpu_enable_triton_gemm=false", "--xla_gpu_autotune_level=0")
 _TAKEN = "libtpu multi-process lockfile"
 """What libtpu says while another process has it loaded."""
+CODE, SCHEDULE, MEMORY = "code", "schedule", "memory"
+"""How far to compile."""
 _PAUSE_S = 3.0
 _POLL_S = 0.05
 _REMATERIALIZED = re.compile(r"Involuntary full rematerialization[^\n]*")
@@ -76,10 +78,11 @@ class Compiled:
 
     def module(self) -> hlo.Module:
         """The scheduled module. MeshwrightError if it did not compile."""
-        if self.status != "ok":
-            raise MeshwrightError(
-                f"there is no compiled module to read: {self.message or self.status}"
+        if not self.text_path:
+            why = self.message or (
+                self.status if self.status != "ok" else "only memory was asked for"
             )
+            raise MeshwrightError(f"there is no compiled module to read: {why}")
         return hlo.parse_module(compile_cache.load_text(pathlib.Path(self.text_path)))
 
 
@@ -132,21 +135,23 @@ def compile_for_cluster(
     timeout_s: float = 900.0,
     flags: Sequence[str] = (),
     cache: bool = True,
-    schedule_only: bool = False,
+    until: str = CODE,
 ) -> Compiled:
     """Compile with the compiler of the layout's cluster; from the cache where it was done before.
 
-    ``schedule_only`` stops XLA:GPU before it generates code, which takes a fifth of the time and
-    gives the same schedule and memory; outputs that alias no argument then count as temporaries.
+    ``until`` SCHEDULE stops XLA:GPU before it generates code, which takes a fifth of the time and
+    gives the same schedule and memory; MEMORY stops any compiler as soon as its buffers are assigned
+    (XLA:TPU: a twentieth of the time, without a schedule). Outputs that alias no argument then count
+    as temporaries, and a program that does not fit has status ``ok``: compare its peak.
 
     Raises MeshwrightError if the compiler's plugin is missing, the child is killed or runs longer
-    than ``timeout_s``, or another compiler is asked for its schedule only. A program that does not
-    fit or does not compile is a status, not an error.
+    than ``timeout_s``, or another compiler than XLA:GPU is asked for its schedule only. A program
+    that does not fit or does not compile is a status, not an error.
     """
-    if schedule_only and layout.cluster.platform != "cuda":
+    if until == SCHEDULE and layout.cluster.platform != "cuda":
         raise MeshwrightError(
-            f"schedule_only is for GPUs; for {layout.cluster.notation} compile to the end, because "
-            "XLA:TPU states the cycles of its kernels only then"
+            f"only GPUs give a schedule alone; for {layout.cluster.notation} compile to the end, "
+            "because XLA:TPU states the cycles of its kernels only then"
         )
     if layout.cluster.platform == "cpu":
         raise MeshwrightError(
@@ -170,7 +175,7 @@ def compile_for_cluster(
         timeout_s=timeout_s,
         flags=flags,
         cache=cache,
-        schedule_only=schedule_only,
+        until=until,
     )
 
 
@@ -183,22 +188,24 @@ def compile_text(
     timeout_s: float,
     flags: Sequence[str] = (),
     cache: bool = True,
-    schedule_only: bool = False,
+    until: str = CODE,
 ) -> Compiled:
     """Compile StableHLO ``text``; ``bare`` (without locations) is what the cache goes by."""
-    request = _request(layout, (*flags, *_DUMP) if schedule_only else flags)
-    if schedule_only:
-        request["schedule_only"] = True
+    gpu = layout.cluster.platform == "cuda"
+    request = _request(layout, (*flags, *_DUMP) if gpu and until != CODE else flags)
+    if until != CODE:
+        request["until"] = SCHEDULE if gpu else until
     key = compile_cache.key_of(
         {"module": compile_cache.key_of({"text": bare}), "versions": versions, **request}
     )
     folder = compile_cache.cache_dir("compiled")
     entry = compile_cache.load_entry(folder, key) if cache else None
     text_path = folder / f"{key}.txt.gz"
-    if entry is not None and (entry["status"] != "ok" or text_path.exists()):
+    textless = request.get("until") == MEMORY
+    if entry is not None and (entry["status"] != "ok" or textless or text_path.exists()):
         return compiled_of_entry(entry, key, text_path, versions, cached=True)
     entry, scheduled = _when_free(request, text, timeout_s)
-    if scheduled is not None:
+    if scheduled:
         compile_cache.store_text(text_path, scheduled)
     if entry["status"] != "failed":  # a failure may be the environment's, so it is tried again
         compile_cache.store_entry(folder, key, entry)
@@ -223,7 +230,7 @@ def compiled_of_entry(
         seconds=float(entry["seconds"]),
         cpu_seconds=float(entry.get("cpu_seconds", 0.0)),
         cached=cached,
-        text_path=str(text_path) if entry["status"] == "ok" else "",
+        text_path=str(text_path) if entry["status"] == "ok" and text_path.exists() else "",
         versions=versions,
         key=key,
     )
@@ -305,8 +312,11 @@ def _run_child(
         with lock as held:
             status, stderr, seconds = _wait(request, place, held, timeout_s)
         result = place / "result.json"
-        early = compile_schedule.scheduled(place / "dump") if not result.exists() else None
-        if request.get("schedule_only") and early is not None:
+        asked = request.get("until", CODE)
+        early = None
+        if asked != CODE and not result.exists():
+            early = compile_early.early(place / "dump", asked)
+        if early is not None:
             entry, scheduled = early
             found = {"full_rematerializations": _rematerialized(stderr), "seconds": seconds}
             return entry | found, scheduled
@@ -334,13 +344,14 @@ def _rematerialized(stderr: str) -> list[str]:
     return sorted(set(_REMATERIALIZED.findall(stderr)))
 
 
-def _end_when_scheduled(child: Any, dump: pathlib.Path, deadline: float) -> None:
+def _end_early(child: Any, dump: pathlib.Path, until: str, deadline: float) -> None:
     """Kill the child once its dump is whole. Nothing tells when, so the folder is looked at: the
     compiler holds the interpreter's lock, and the child could not say so itself."""
     while child.poll() is None and time.monotonic() < deadline:
-        if compile_schedule.scheduled(dump) is not None:
-            child.kill()
+        seen = compile_early.early(dump, until)
         time.sleep(_POLL_S)
+        if seen is not None and compile_early.early(dump, until) == seen:
+            child.kill()
 
 
 def _wait(
@@ -362,8 +373,8 @@ def _wait(
             pass_fds=() if held is None else (held.fileno(),),
         )
         try:
-            if request.get("schedule_only"):
-                _end_when_scheduled(child, place / "dump", started + timeout_s)
+            if request.get("until"):
+                _end_early(child, place / "dump", request["until"], started + timeout_s)
             status = child.wait(timeout=max(0.0, started + timeout_s - time.monotonic()))
         except subprocess.TimeoutExpired:
             child.kill()

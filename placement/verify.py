@@ -12,10 +12,11 @@ carry out, and so does an all-reduce followed by the slice that is kept.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from placement.compile import Compiled, compile_for_cluster
+from placement.compile import CODE, MEMORY, Compiled, compile_for_cluster
 from placement.network import chip_of, layout_timer
 from placement.schedule import ScheduledStep, schedule
 
@@ -51,7 +52,7 @@ class Verification:
     """Arguments, outputs not aliased to them, and temporaries; 0 if it did not compile."""
     predicted_step_time_s: float
     step_time_s: float
-    """From the compiler's schedule; NaN if it did not compile."""
+    """From the compiler's schedule; NaN if it did not compile, or not to the end."""
     predicted_compute_time_s: float
     compute_time_s: float
     """Kernels, by the compiler's cycles."""
@@ -72,7 +73,7 @@ class Verification:
     versions: Mapping[str, str]
 
     def rows(self) -> list[Row]:
-        """The comparison, one row a quantity; only memory and message where it did not compile."""
+        """The comparison, one row a quantity; only memory where it did not compile to the end."""
         rows = [
             Row(
                 quantity="peak memory",
@@ -81,7 +82,7 @@ class Verification:
                 unit="bytes",
             )
         ]
-        if self.status != "ok":
+        if self.status != "ok" or math.isnan(self.step_time_s):
             return rows
         times = (
             ("step time", self.predicted_step_time_s, self.step_time_s),
@@ -110,17 +111,24 @@ def verify(
     *abstract_args: Any,
     timeout_s: float = 900.0,
     cache: bool = True,
+    memory_only: bool = False,
 ) -> Verification:
     """Compile a plan for its cluster and compare.
+
+    ``memory_only`` stops the compiler once it has assigned its buffers, which XLA:TPU has after
+    seconds: its word on the memory, and none on time or collectives.
 
     Raises MeshwrightError if the compiler's plugin is missing, the plan is for another function,
     or the compiler is killed or takes longer than ``timeout_s``.
     """
     if plan.trees is None:
         plan = plan.bind(train_step, *abstract_args)
+    until = MEMORY if memory_only else CODE
     compiled, step = compile_plan(
-        plan, train_step, *abstract_args, timeout_s=timeout_s, cache=cache
+        plan, train_step, *abstract_args, timeout_s=timeout_s, cache=cache, until=until
     )
+    if memory_only:  # XLA:GPU gives a schedule as well
+        step = None
     capacity = _capacity_bytes(plan)
     estimate = plan.estimate
     nan = float("nan")
@@ -156,11 +164,11 @@ def compile_plan(
     *abstract_args: Any,
     timeout_s: float = 900.0,
     cache: bool = True,
-    schedule_only: bool = False,
+    until: str = CODE,
 ) -> tuple[Compiled, ScheduledStep | None]:
     """The compiler's result and, if it compiled, its schedule. Raises as :func:`verify`.
 
-    ``schedule_only``: as in :func:`placement.compile.compile_for_cluster`.
+    ``until``: as in :func:`placement.compile.compile_for_cluster`; no schedule comes with MEMORY.
     """
     layout = plan.layout()
     compiled = compile_for_cluster(
@@ -172,9 +180,9 @@ def compile_plan(
         layout=layout,
         timeout_s=timeout_s,
         cache=cache,
-        schedule_only=schedule_only,
+        until=until,
     )
-    if compiled.status != "ok":
+    if not compiled.text_path:
         return compiled, None
     return compiled, schedule(compiled.module(), chip=chip_of(layout), timer=layout_timer(layout))
 

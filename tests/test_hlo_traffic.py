@@ -12,7 +12,7 @@ from cost_model.layout import layout_for
 from cost_model.matmul import matmul_time_s
 from graphs.errors import MeshwrightError
 from placement import hlo
-from placement.compile import compile_for_cluster
+from placement.compile import SCHEDULE, compile_for_cluster
 from placement.hlo_flops import library_product, matmul_flops
 from placement.hlo_traffic import moved_bytes
 from placement.network import chip_of, layout_timer
@@ -110,7 +110,7 @@ def test_the_schedule_alone_is_that_of_the_whole_compile(tmp_path, monkeypatch):
         layout=layout,
     )
     whole = compile_for_cluster(_step, args, **specs)
-    alone = compile_for_cluster(_step, args, **specs, schedule_only=True)
+    alone = compile_for_cluster(_step, args, **specs, until=SCHEDULE)
     assert whole.status == alone.status == "ok" and whole.key != alone.key
     assert alone.peak_bytes == pytest.approx(whole.peak_bytes, abs=4096)
     assert alone.argument_bytes == pytest.approx(whole.argument_bytes, abs=4096)
@@ -125,5 +125,5 @@ def test_the_schedule_alone_is_that_of_the_whole_compile(tmp_path, monkeypatch):
 
 def test_only_gpus_give_a_schedule_alone():
     layout = layout_for(parse_cluster("v5e:2x2"), {"data": 4})
-    with pytest.raises(MeshwrightError, match="schedule_only is for GPUs"):
-        compile_for_cluster(_step, (), in_specs=(), out_specs=(), layout=layout, schedule_only=True)
+    with pytest.raises(MeshwrightError, match="only GPUs give a schedule alone"):
+        compile_for_cluster(_step, (), in_specs=(), out_specs=(), layout=layout, until=SCHEDULE)

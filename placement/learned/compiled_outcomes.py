@@ -61,12 +61,13 @@ def compile_candidate(
     instance: Instance, index: int, outcome: Outcome, *, timeout_s: float = 900.0
 ) -> CompiledOutcome:
     """Compile the completed plan of a candidate for its cluster."""
+    from placement.compile import SCHEDULE
     from placement.verify import compile_plan
 
     outer = instance.outers[index]
     plan, step, args = _plan(instance, outer, outcome)
     compiled, scheduled = compile_plan(
-        plan, step, *args, timeout_s=timeout_s, cache=False, schedule_only=True
+        plan, step, *args, timeout_s=timeout_s, cache=False, until=SCHEDULE
     )
     status = compiled.status
     if status == "ok" and compiled.peak_bytes > instance.cluster.device.hbm_available_bytes:

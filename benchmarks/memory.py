@@ -70,6 +70,7 @@ def run(name: str, case: dict[str, Any]) -> dict[str, Any]:
         "peak_bytes": seen.peak_bytes,
         "predicted_peak_bytes": seen.predicted_peak_bytes,
         "capacity_bytes": seen.capacity_bytes,
+        "full_rematerializations": len(seen.full_rematerializations),
         "verify_time_s": time.monotonic() - began,
         "versions": " ".join(f"{k}=={v}" for k, v in seen.versions.items()),
     }
@@ -77,8 +78,9 @@ def run(name: str, case: dict[str, Any]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """All rows as CSV."""
+    fields = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=fields, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

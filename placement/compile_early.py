@@ -13,9 +13,12 @@ import re
 from typing import Any
 
 _PARAMETER = re.compile(r"^allocation \d+: size (\d+), parameter", re.MULTILINE)
-_DEVICE_PARAMETER = re.compile(r"^allocation \d+: size (\d+), page \d+, parameter", re.MULTILINE)
-"""An argument in the device's memory: other memories have a colour there."""
-_DEVICE_TOTAL = re.compile(r"^Memory Space: default[^\n]*\nTotal bytes: (\d+)", re.MULTILINE)
+_ALLOCATION = re.compile(
+    r"^allocation \d+: size (\d+), page \d+, (parameter|maybe-live-out|preallocated-temp)",
+    re.MULTILINE,
+)
+"""An array in the device's memory: other memories have a colour there."""
+_TOTAL = re.compile(r"^Memory Space: default[^\n]*\nTotal bytes: (\d+)", re.MULTILINE)
 _BUFFERS, _USAGE = (
     "after_optimizations-buffer-assignment",
     "after_optimizations-memory-usage-report",
@@ -23,26 +26,31 @@ _BUFFERS, _USAGE = (
 _TOTAL = re.compile(r"^Total bytes: (\d+)", re.MULTILINE)
 
 
-def early(dump: pathlib.Path, until: str) -> tuple[dict[str, Any], str] | None:
+def early(
+    dump: pathlib.Path, until: str, *, ended: bool = False
+) -> tuple[dict[str, Any], str] | None:
     """(numbers of a compiled entry, scheduled HLO or nothing) as soon as the dump holds what is asked
-    for: ``schedule`` of XLA:GPU, ``memory`` of XLA:TPU. None before."""
-    return scheduled(dump) if until == "schedule" else assigned(dump)
+    for: ``schedule`` of XLA:GPU, ``memory`` of XLA:TPU. None before. ``ended``: nothing follows."""
+    return scheduled(dump) if until == "schedule" else assigned(dump, ended=ended)
 
 
-def assigned(dump: pathlib.Path) -> tuple[dict[str, Any], str] | None:
-    """As :func:`scheduled`, once XLA:TPU has dumped its buffers; the text is empty."""
-    if not any(dump.glob("*after_buffer_assignment.txt")):  # the dump after the one of the buffers
+def assigned(dump: pathlib.Path, *, ended: bool = False) -> tuple[dict[str, Any], str] | None:
+    """As :func:`scheduled`, once XLA:TPU has dumped its buffers; the text is empty.
+
+    What kernels hold on chip while they run (``thread-local``) takes no memory of the device, though
+    the compiler's own report of usage adds it up.
+    """
+    if not ended and not any(dump.glob("*after_buffer_assignment.txt")):  # what is dumped next
         return None
-    found = [next(dump.glob(f"*{ending}.txt"), None) for ending in (_BUFFERS, _USAGE)]
-    if None in found:
+    found = next(dump.glob("*after_optimizations-buffer-assignment.txt"), None)
+    if found is None:
         return None
-    buffers, usage = (p.read_text(encoding="utf-8", errors="replace") for p in found if p)
-    total = _DEVICE_TOTAL.search(usage)
-    if total is None:
-        return None
-    arguments = sum(int(m[1]) for m in _DEVICE_PARAMETER.finditer(buffers))
-    entry = {"status": "ok", "message": "", "argument_bytes": arguments}
-    return {**entry, "temp_bytes": int(total[1]) - arguments}, ""
+    sizes = {"parameter": 0, "maybe-live-out": 0, "preallocated-temp": 0}
+    for size, kind in _ALLOCATION.findall(found.read_text(encoding="utf-8", errors="replace")):
+        sizes[kind] += int(size)
+    names = ("argument_bytes", "output_bytes", "temp_bytes")
+    entry = {"status": "ok", "message": "", **dict(zip(names, sizes.values()))}
+    return (entry, "") if any(sizes.values()) else None
 
 
 def scheduled(dump: pathlib.Path) -> tuple[dict[str, Any], str] | None:

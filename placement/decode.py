@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cost_model.fusion import materialised
+from cost_model.fusion import CONTRACTIONS, materialised
 from cost_model.tables import Tables
 from graphs.choices import spec_of
 from graphs.groups import COPY, HEAVY, View
@@ -133,6 +133,19 @@ def decode(
             outputs.append(leaf(t, name, specs[graph.inputs[state[j]]]))
         else:
             outputs.append(leaf(t, name, specs[t]))
+
+    def summed(t: int) -> SpecEntries:
+        """As XLA scatters sums: on the axes that shard the contraction's own rows before others."""
+        g = grouping.group_of[t]
+        node = int(tables.node_of[g])
+        place = tables.choices[node].place[int(assignment[node])]
+        dims = grouping.groups[g].tensors[t]
+        return tuple(
+            tuple(names[a] for a in sorted(axes, key=lambda a: (place[a] != cls, order.index(a))))
+            for axes, cls in zip(specs[t], dims)
+            for axes in [[a for a in axes if sizes[a] > 1]]
+        )
+
     stored = materialised(grouping)
     results = {}
     for t in stored:
@@ -141,7 +154,8 @@ def decode(
             continue
         always = _always(graph.ops[tensor.producer].primitive)
         if always or math.prod(tensor.shape) >= SMALL:
-            results[t] = named(specs[t])
+            product = graph.ops[tensor.producer].primitive in CONTRACTIONS
+            results[t] = summed(t) if product and pin_operands else named(specs[t])
     operands: dict[tuple[int, int], SpecEntries] = {}
     copies: dict[tuple[int, int], SpecEntries] = {}
 

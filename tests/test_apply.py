@@ -12,10 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from programs import PROGRAMS, loss_of, next_args
+from test_groups import arg
 
 import placement
+from cost_model.analysis import Analysis
+from cost_model.cluster import parse_cluster
+from cost_model.layout import layout_for
+from cost_model.tables import build_tables
+from graphs.groups import group
+from graphs.trace import trace
 from placement.apply import Constraints, constrained, steps
-from placement.decode import major_first
+from placement.decode import decode, major_first
 
 CASES = [
     ("plain_sgd_without_a_library", "fsdp"),
@@ -167,3 +174,26 @@ def test_an_operand_is_made_of_the_copy_that_others_read():
 def test_the_axes_of_a_dimension_are_ordered_so_that_readers_gather_neighbours(changes, expected):
     sets = {(frozenset(few), frozenset(many)): w for (few, many), w in changes.items()}
     assert major_first(sets, 3) == expected
+
+
+def test_scattered_sums_lie_first_on_the_axes_that_shard_the_rows_of_the_contraction():
+    """A sum over the major axis whose rows lie on the minor one: XLA scatters it behind that axis,
+    and would gather the whole operand to scatter it before."""
+    shapes = (arg(64, 128), arg(128, 256))
+    grouping = group(trace(lambda x, w: jnp.tanh(x @ w), *shapes))
+    layout = layout_for(parse_cluster("v5e:2x4"), {"a": 2, "b": 4})
+    analysis = Analysis.of(grouping, layout.cluster.device)
+    tables = build_tables(analysis, layout, usage_limit_bytes=np.inf)
+    (product,) = [o for o, op in enumerate(grouping.graph.ops) if op.primitive == "dot_general"]
+    t = grouping.graph.ops[product].outputs[0]
+    g = grouping.group_of[t]
+    node = tables.node_of[g]
+    menu, rows = tables.choices[node], grouping.groups[g].tensors[t][0]
+    (summed,) = {r.cls for r in grouping.groups[g].reductions}
+    wanted = (menu.place == [summed, rows]).all(1) & (menu.scatter == [rows, -1]).all(1)
+    choices = np.zeros(len(tables.choices), np.int64)
+    choices[node] = np.flatnonzero(wanted)[0]
+    assert decode(tables, choices)[2][t] == (("b", "a"), ())
+    before = (menu.place == [rows, summed]).all(1) & (menu.scatter == [-1, rows]).all(1)
+    choices[node] = np.flatnonzero(before)[0]
+    assert decode(tables, choices)[2][t] == (("a", "b"), ())

@@ -139,12 +139,13 @@ def decode(
         g = grouping.group_of[t]
         node = int(tables.node_of[g])
         place = tables.choices[node].place[int(assignment[node])]
-        dims = grouping.groups[g].tensors[t]
-        return tuple(
-            tuple(names[a] for a in sorted(axes, key=lambda a: (place[a] != cls, order.index(a))))
-            for axes, cls in zip(specs[t], dims)
-            for axes in [[a for a in axes if sizes[a] > 1]]
-        )
+
+        def axes_of(dim: tuple[int, ...], cls: int) -> tuple[str, ...]:
+            used = [a for a in order if a in dim and sizes[a] > 1]
+            return tuple(names[a] for a in sorted(used, key=lambda a: place[a] != cls))
+
+        classes = grouping.groups[g].tensors[t]
+        return tuple(axes_of(dim, cls) for dim, cls in zip(specs[t], classes))
 
     stored = materialised(grouping)
     results = {}

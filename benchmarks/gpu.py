@@ -11,17 +11,13 @@ device's memory. Needs ``pip install 'meshwright[gpu]'``.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import io
-import json
 import os
-import pathlib
 import sys
-import time
 from typing import Any
 
-CASES: dict[str, dict[str, Any]] = {
+from case_rows import Case, planned, rows_of
+
+CASES: dict[str, Case] = {
     "llama3_8b_8": dict(model="llama3_8b", cluster="h100:8x1", batch=16, seq=4096),
     "gemma2_9b_32": dict(model="gemma2_9b", cluster="h100:8x4", batch=64, seq=4096),
     "mixtral_8x7b_64": dict(model="mixtral_8x7b", cluster="h100:8x8", batch=128, seq=4096),
@@ -35,19 +31,11 @@ BYTES_THAT_MATTER = 0.02
 """Kinds below this share of all collective bytes are listed but not judged."""
 
 
-def run(name: str, case: dict[str, Any]) -> dict[str, Any]:
+def run(name: str, case: Case) -> dict[str, Any]:
     """Plan, compile and compare one case."""
     import placement
-    from graphs.zoo import build_train_step, load_model_config
 
-    step, args, donated = build_train_step(
-        load_model_config(case["model"]), global_batch=case["batch"], seq_len=case["seq"]
-    )
-    began = time.monotonic()
-    plan = placement.optimize(
-        step, *args, cluster=case["cluster"], donate_argnums=donated, throw=False
-    )
-    planning = time.monotonic() - began
+    plan, step, args, planning = planned(case)
     seen = placement.verify(plan, step, *args)
     total = sum(seen.collectives.values()) or 1.0
     kinds = sorted({*seen.collectives, *seen.predicted_collectives})
@@ -79,53 +67,23 @@ def run(name: str, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """All rows as CSV."""
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=fields, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def line(row: dict[str, Any]) -> str:
+    """What is printed of a row."""
+    return (
+        f"{row['case']:18} {row['mesh_shape']:24} {row['status']} fits={row['fits']} "
+        f"{row['step_time_s']:.3g} s (predicted {row['predicted_step_time_s']:.3g}), "
+        f"{row['peak_bytes'] / 2**30:.1f} GiB (predicted "
+        f"{row['predicted_peak_bytes'] / 2**30:.1f}), rematerialised "
+        f"{row['full_rematerializations']}, bytes by kind within "
+        f"{100 * row['largest_error_of_a_kind']:.1f} %, planned in "
+        f"{row['planning_time_s']:.1f} s, compiled in {row['compile_time_s']:.1f} s"
+    )
 
 
 def main(argv: list[str]) -> int:
-    from graphs.errors import MeshwrightError
-    from placement.compile_cache import write_atomically
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; all by default")
-    parser.add_argument("--out", default="benchmarks/results/gpu")
-    parser.add_argument("--redo", action="store_true", help="make rows again")
-    options = parser.parse_args(argv)
-    folder = pathlib.Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in options.cases or CASES:
-        place = folder / f"{name}.json"
-        if place.exists() and not options.redo:
-            continue
-        try:
-            row = run(name, CASES[name])
-        except MeshwrightError as error:
-            print(f"{name}: {error}", flush=True)
-            continue
-        write_atomically(place, json.dumps(row, indent=1).encode())
-        print(
-            f"{name:18} {row['mesh_shape']:24} {row['status']} fits={row['fits']} "
-            f"{row['step_time_s']:.3g} s (predicted {row['predicted_step_time_s']:.3g}), "
-            f"{row['peak_bytes'] / 2**30:.1f} GiB (predicted "
-            f"{row['predicted_peak_bytes'] / 2**30:.1f}), rematerialised "
-            f"{row['full_rematerializations']}, bytes by kind within "
-            f"{100 * row['largest_error_of_a_kind']:.1f} %, planned in "
-            f"{row['planning_time_s']:.1f} s, compiled in {row['compile_time_s']:.1f} s",
-            flush=True,
-        )
-    rows = [
-        json.loads((folder / f"{n}.json").read_text())
-        for n in CASES
-        if (folder / f"{n}.json").exists()
-    ]
-    write_atomically(folder / "results.csv", table(rows).encode())
+    rows = rows_of(
+        argv, doc=__doc__ or "", cases=CASES, out="benchmarks/results/gpu", run=run, line=line
+    )
     good = [r for r in rows if r["fits"] and not r["full_rematerializations"]]
     close = [r for r in good if r["largest_error_of_a_kind"] <= 0.10]
     print(

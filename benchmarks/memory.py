@@ -3,24 +3,23 @@
     python benchmarks/memory.py [case ...] [--out benchmarks/results/memory] [--redo]
 
 The compiler is stopped once its buffers are assigned (``meshwright verify PLAN memory=true``), after
-seconds. None of these cases was used to set a constant or to read a rule. Each row is written as soon
-as it is known, so a stopped run goes on where it was. Needs ``pip install 'meshwright[tpu]'``.
+seconds. No constant of the memory model was set and no rule of it read on these cases. Each row is
+written as soon as it is known, so a stopped run goes on where it was. Needs
+``pip install 'meshwright[tpu]'``.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import io
-import json
+import math
 import os
-import pathlib
-import statistics
 import sys
 import time
 from typing import Any
 
-CASES: dict[str, dict[str, Any]] = {
+import numpy as np
+from case_rows import Case, planned, rows_of
+
+CASES: dict[str, Case] = {
     "llama3_8b_v5e_16": dict(model="llama3_8b", cluster="v5e:4x4", batch=16, seq=4096),
     "llama3_8b_v5e_32": dict(model="llama3_8b", cluster="v5e:4x8", batch=32, seq=8192),
     "llama3_8b_v6e_8": dict(model="llama3_8b", cluster="v6e:2x4", batch=8, seq=8192),
@@ -44,26 +43,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def run(name: str, case: dict[str, Any]) -> dict[str, Any]:
+def run(name: str, case: Case) -> dict[str, Any]:
     """Plan, compile up to the buffers and compare one case."""
     import placement
-    from graphs.zoo import build_train_step, load_model_config
 
-    options = {k: v for k, v in case.items() if k not in ("model", "cluster", "batch", "seq")}
-    step, args, donated = build_train_step(
-        load_model_config(case["model"]),
-        global_batch=case["batch"],
-        seq_len=case["seq"],
-        **options,
-    )
-    plan = placement.optimize(
-        step, *args, cluster=case["cluster"], donate_argnums=donated, throw=False
-    )
+    plan, step, args, _ = planned(case)
     began = time.monotonic()
     seen = placement.verify(plan, step, *args, memory_only=True)
     return {
         "case": name,
-        **{"remat": "full"} | case,
+        **{"remat": "full", **case},
         "mesh_shape": " ".join(f"{k}={v}" for k, v in plan.mesh_shape.items()),
         "status": seen.status,
         "message": seen.message,
@@ -76,65 +65,42 @@ def run(name: str, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """All rows as CSV."""
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=fields, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def error_of(row: dict[str, Any]) -> float:
+    """Predicted over compiled peak, less one; NaN where it did not compile."""
+    return row["predicted_peak_bytes"] / row["peak_bytes"] - 1 if row["peak_bytes"] else math.nan
+
+
+def line(row: dict[str, Any]) -> str:
+    """What is printed of a row."""
+    if row["status"] != "ok":
+        return f"{row['case']:18} {row['status']}: {row['message']}"
+    return (
+        f"{row['case']:18} {row['cluster']:11} {row['mesh_shape']:20} "
+        f"{row['predicted_peak_bytes'] / 2**30:7.2f} GiB predicted, "
+        f"{row['peak_bytes'] / 2**30:7.2f} GiB compiled {100 * error_of(row):+6.1f} %, "
+        f"in {row['verify_time_s']:.0f} s"
+    )
 
 
 def main(argv: list[str]) -> int:
-    from graphs.errors import MeshwrightError
-    from placement.compile_cache import write_atomically
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; all by default")
-    parser.add_argument("--out", default="benchmarks/results/memory")
-    parser.add_argument("--redo", action="store_true", help="make rows again")
-    options = parser.parse_args(argv)
-    folder = pathlib.Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in options.cases or CASES:
-        place = folder / f"{name}.json"
-        if place.exists() and not options.redo:
-            continue
-        try:
-            row = run(name, CASES[name])
-        except MeshwrightError as error:
-            print(f"{name}: {error}", flush=True)
-            continue
-        write_atomically(place, json.dumps(row, indent=1).encode())
-    paths = [folder / f"{n}.json" for n in CASES]
-    rows = [json.loads(p.read_text()) for p in paths if p.exists()]
+    rows = rows_of(
+        argv, doc=__doc__ or "", cases=CASES, out="benchmarks/results/memory", run=run, line=line
+    )
+    rows = [row for row in rows if row["status"] == "ok"]
     if not rows:
         return 1
-    write_atomically(folder / "results.csv", table(rows).encode())
-    errors, wrong = [], []
-    for row in rows:
-        if row["status"] != "ok":
-            print(f"{row['case']:18} {row['status']}: {row['message']}")
-            continue
-        error = row["predicted_peak_bytes"] / row["peak_bytes"] - 1
-        errors.append(error)
-        fits, said = (
-            row[k] <= row["capacity_bytes"] for k in ("peak_bytes", "predicted_peak_bytes")
-        )
-        wrong += [row["case"]] if fits != said else []
-        print(
-            f"{row['case']:18} {row['cluster']:11} {row['mesh_shape']:20} "
-            f"{row['predicted_peak_bytes'] / 2**30:7.2f} GiB predicted, "
-            f"{row['peak_bytes'] / 2**30:7.2f} GiB compiled {100 * error:+6.1f} %, "
-            f"in {row['verify_time_s']:.0f} s"
-        )
-    mean = statistics.mean(map(abs, errors))
+    errors = np.array([error_of(row) for row in rows])
+    wrong = [
+        row["case"]
+        for row in rows
+        if (row["peak_bytes"] <= row["capacity_bytes"])
+        != (row["predicted_peak_bytes"] <= row["capacity_bytes"])
+    ]
     print(
-        f"{len(errors)} of {len(CASES)} cases: mean error {100 * mean:.1f} %, bias "
-        f"{100 * statistics.mean(errors):+.1f} %; wrong about fitting: {', '.join(wrong) or 'none'}"
+        f"{len(rows)} of {len(CASES)} cases: mean error {100 * abs(errors).mean():.1f} %, bias "
+        f"{100 * errors.mean():+.1f} %; wrong about fitting: {', '.join(wrong) or 'none'}"
     )
-    return 0 if len(errors) == len(CASES) and not wrong else 1
+    return 0 if len(rows) == len(CASES) and not wrong else 1
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from cost_model.gpu_fusion import own_passes
 from cost_model.live import SLICED, Lifetime, lifetimes, readers_of
 from cost_model.partial_sums import Sums
 from cost_model.pricing import times_kernels
-from cost_model.state_copies import contracted, state_of
+from cost_model.state_copies import contracted, relaid_state, state_of
 from graphs.fold import fold
 from graphs.groups import HEAVY, Grouping
 
@@ -57,6 +57,8 @@ class Analysis:
         if times_kernels(device):
             fusion = dataclasses.replace(fusion, passes=own_passes(grouping, fusion.stored))
         sums, gradients = Sums.of(grouping, device), _gradients(grouping)
+        state, weights = state_of(grouping.graph), contracted(grouping)
+        tpu = device.family == "tpu"
         return cls(
             grouping=grouping,
             device=device,
@@ -65,10 +67,16 @@ class Analysis:
             fusion=fusion,
             sums=sums,
             gradients=gradients,
-            state=state_of(grouping.graph),
-            contracted=contracted(grouping),
+            state=state,
+            contracted=weights,
             readers=readers_of(grouping),
-            lifetimes=lifetimes(grouping, fusion, sums.sliced & gradients, device),
+            lifetimes=lifetimes(
+                grouping,
+                fusion,
+                device,
+                sliced=sums.sliced & gradients if tpu else frozenset(),
+                relaid=relaid_state(grouping, state, weights) if tpu else frozenset(),
+            ),
             contractions={} if contractions is None else contractions,
         )
 

@@ -27,7 +27,7 @@ from cost_model.partial_sums import (
 from cost_model.pricing import KINDS, Pricing, Reshard, reshard
 from cost_model.state_copies import GATHERED_SHARE, state_copies_s
 from graphs.choices import Choices
-from graphs.groups import COPY, HEAVY, LEAF, Group, Grouping
+from graphs.groups import COPY, HEAVY, Group, Grouping
 
 COMPUTE, COLLECTIVE, RESHARD = 0, 1, 2
 _FEW_AXES = 3
@@ -171,13 +171,6 @@ def moved(own: list[Event], first: Group, other: Group) -> list[Event]:
     ]
 
 
-def _from_weights(grouping: Grouping, source: int) -> bool:
-    item = grouping.groups[source]
-    if item.kind == COPY:
-        item = grouping.groups[grouping.group_of[item.source]]
-    return item.kind == LEAF
-
-
 def _specs_of(grouping: Grouping, g: int, tensor: int, menu: Choices) -> np.ndarray:
     """[S, A] spec of a tensor as group g (owner or copy) holds it."""
     item = grouping.groups[g]
@@ -272,7 +265,7 @@ def reshards(
             source = grouping.source_group(g, view)
             i = int(node_of[source])
             priced_pair, rows, columns = price(source, view.tensor, j, view.dims)
-            weights = _from_weights(grouping, source)
+            weights = grouping.leaf_of(source) >= 0
             hides = weights and bool(pricing.device.overlapped_gathers)
             if priced_pair.seconds.any():
                 ops = view.ops or analysis.readers.get((view.tensor, view.region), [0])

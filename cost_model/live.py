@@ -18,11 +18,11 @@ import numpy as np
 from cost_model.device import Device
 from cost_model.fusion import Fusion
 from cost_model.kept import Kept
+from cost_model.operators import roles_of
 from cost_model.partial_sums import passes_sums_on
-from cost_model.state_copies import RELAID_SHARE, relaid_state
+from cost_model.state_copies import RELAID_SHARE
 from graphs.choices import Choices
 from graphs.groups import COPY, HEAVY, LEAF, Grouping
-from graphs.rules import WHOLE
 
 ALWAYS, WINDOWED, SHARDED, GROUPED, SLICED = "always windowed sharded grouped sliced".split()
 
@@ -47,7 +47,7 @@ class Lifetime:
     label: str
     """state | gradients | activations | weights | other."""
     times: float = 1.0
-    """How many of it are held at once."""
+    """Bytes of memory that it takes over its own."""
     result: bool = False
     """Whether it is the combined result of a heavy group."""
     where: str = ALWAYS
@@ -110,9 +110,8 @@ def in_groups(
     """[S] whether a contraction has two batches and two rows or columns on a device, as the scores of
     grouped queries: XLA:TPU stores its result rather than end the kernel with the exponential."""
     item = grouping.groups[g]
-    rule = grouping.rules[next(o for o in item.ops if not grouping.rules[o].light)]
-    left, right = (set(f for f in rule.operands[i] if f != WHOLE) for i in (0, 1))
-    result = set(rule.results[0])
+    op, roles = roles_of(grouping, item)
+    rule = grouping.rules[op]
 
     def several(factors):
         local = [
@@ -120,17 +119,21 @@ def in_groups(
         ]
         return np.sum(local, axis=0) >= 2 if local else np.zeros(len(choices), bool)
 
-    free = several((left - right) & result) | several((right - left) & result)
-    return free & several(left & right & result)
+    return (several(roles["m"]) | several(roles["n"])) & several(roles["b"])
 
 
 def lifetimes(
-    grouping: Grouping, fusion: Fusion, sliced: Set[int], device: Device
+    grouping: Grouping,
+    fusion: Fusion,
+    device: Device,
+    *,
+    sliced: Set[int],
+    relaid: Set[int],
 ) -> tuple[Lifetime, ...]:
     """Everything that a program keeps in memory, and when.
 
-    ``sliced``: groups of gradients as of :class:`cost_model.partial_sums.Sums`. On TPUs the kernels
-    of contractions make their operands' chains themselves.
+    ``sliced``: groups of gradients as of :class:`cost_model.partial_sums.Sums`; ``relaid``: tensors of
+    :func:`cost_model.state_copies.relaid_state`.
     """
     graph = grouping.graph
     end = len(graph.ops) + 1
@@ -153,15 +156,13 @@ def lifetimes(
 
     inputs = set(graph.inputs)
     kept = Kept.of(grouping, fusion, device)
-    tpu = device.family == "tpu"
-    relaid = relaid_state(grouping) if tpu else frozenset()
     all_readers = readers_of(grouping)
     weighed = set[int]()
     if device.name in _STORES_SCORES:
         weighed = {graph.tensors[t].producer for t in kept.across}
     for g, item in enumerate(grouping.groups):
         if item.kind == COPY:
-            if grouping.groups[grouping.group_of[item.source]].kind == LEAF:
+            if grouping.leaf_of(g) >= 0:
                 readers = all_readers[(item.source, item.views[0].region)]
                 add(g, item.source, item.views[0].dims,
                     (min(readers), max(readers) + 1), "weights")  # fmt: skip
@@ -197,7 +198,7 @@ def lifetimes(
             if op.primitive == "carry_in":
                 stop = max(stop, graph.regions[tensor.region].stop)
             narrower = kept.itemsizes[t] / tensor.itemsize
-            if tpu and g in sliced and result:
+            if g in sliced and result:
                 add(g, t, dims, (start + 1, stop), label, result=result, where=SLICED)
                 stop = start + 1
             add(g, t, dims, (start, stop), label, narrower, result=result)

@@ -69,21 +69,28 @@ def compute_events(
     ]
 
 
-def local_contraction(
-    grouping: Grouping, item: Group, choices: Choices, pricing: Pricing
-) -> tuple[int, dict[str, np.ndarray], dict[str, set[int]]]:
-    """(op, local batch / m / k / n of each choice, classes of each) of a contraction group."""
+def roles_of(grouping: Grouping, item: Group) -> tuple[int, dict[str, set[int]]]:
+    """(op, its factors that are batches, rows of the left, rows of the right or summed over) of a
+    contraction group: ``b``, ``m``, ``n``, ``k``."""
     index = next(o for o in item.ops if not grouping.rules[o].light)
-    op, rule = grouping.graph.ops[index], grouping.rules[index]
-    sizes = np.array(pricing.axis_sizes, np.float64)
+    rule = grouping.rules[index]
     left, right = (set(f for f in rule.operands[i] if f != WHOLE) for i in (0, 1))
     out = set(f for f in rule.results[0] if f != WHOLE)
-    roles = {
+    return index, {
         "b": left & right & out,
         "k": (left & right) - out,
         "m": (left & out) - right,
         "n": (right & out) - left,
     }
+
+
+def local_contraction(
+    grouping: Grouping, item: Group, choices: Choices, pricing: Pricing
+) -> tuple[int, dict[str, np.ndarray], dict[str, set[int]]]:
+    """(op, local batch / m / k / n of each choice, classes of each) of a contraction group."""
+    index, roles = roles_of(grouping, item)
+    op, rule = grouping.graph.ops[index], grouping.rules[index]
+    sizes = np.array(pricing.axis_sizes, np.float64)
     full: dict[str, float] = {
         name: math.prod(rule.sizes[f] for f in fs) for name, fs in roles.items()
     }

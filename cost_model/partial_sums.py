@@ -17,12 +17,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from cost_model.device import Device
-from cost_model.operators import contraction_s, contracts, local_contraction
+from cost_model.operators import contraction_s, contracts, local_contraction, roles_of
 from cost_model.pricing import Pricing
 from graphs.choices import Choices
 from graphs.graph import Graph
 from graphs.groups import HEAVY, Grouping, View
-from graphs.rules import WHOLE
 
 _WINDOWED_OVERHEAD = 1.1
 """Slices, copies and sums of a windowed loop, in times of its contraction (compiled v5e:4x4 steps
@@ -270,10 +269,9 @@ def passes_sums_on(
     all-reduce and slice, or leaves both.
     """
     item = grouping.groups[g]
-    rule = grouping.rules[next(o for o in item.ops if not grouping.rules[o].light)]
-    left, right = (set(f for f in rule.operands[i] if f != WHOLE) for i in (0, 1))
-    shared = {f for f in left & right if rule.sizes[f] > 1}
-    if len(shared) != 1 or shared & set(rule.results[0]):
+    op, roles = roles_of(grouping, item)
+    shared = {f for f in roles["b"] | roles["k"] if grouping.rules[op].sizes[f] > 1}
+    if len(shared) != 1 or shared & roles["b"]:
         return np.zeros(len(choices), bool)
     scattered = choices.scatter >= 0
     free = np.where(scattered, axis_sizes, 1).prod(axis=1) > 2

@@ -16,7 +16,7 @@ from cost_model.fusion import CONTRACTIONS
 from cost_model.pricing import Pricing
 from graphs.choices import Choices
 from graphs.graph import Graph
-from graphs.groups import COPY, HEAVY, LEAF, Grouping
+from graphs.groups import HEAVY, Grouping
 
 _SHARE_SHARDED, _SHARE_OTHER = 0.38, 1.26
 """Bytes copied over bytes of the array, where it is sharded over all devices and where not."""
@@ -43,23 +43,23 @@ def contracted(grouping: Grouping) -> frozenset[int]:
             continue
         for view in item.views:
             if any(grouping.graph.ops[o].primitive in CONTRACTIONS for o in view.ops):
-                source = grouping.source_group(g, view)
-                if grouping.groups[source].kind == COPY:
-                    source = grouping.group_of[grouping.groups[source].source]
-                if grouping.groups[source].kind == LEAF:
-                    found.add(int(source))
-    return frozenset(found)
+                found.add(grouping.leaf_of(grouping.source_group(g, view)))
+    return frozenset(found - {-1})
 
 
-def relaid_state(grouping: Grouping) -> frozenset[int]:
+def relaid_state(
+    grouping: Grouping, state: frozenset[int], weights: frozenset[int]
+) -> frozenset[int]:
     """Tensors of the state that XLA:TPU may copy into the layout of the gradient ahead of the update:
-    the weights of contractions that no loop slices, and moments of their shapes."""
+    the weights of contractions that no loop slices, and moments of their shapes.
+
+    ``state``: of :func:`state_of`; ``weights``: of :func:`contracted`.
+    """
     graph = grouping.graph
-    state = state_of(graph)
     sliced = {t for op in graph.ops if op.primitive == "scan_slice" for t in op.inputs}
     shapes = {
         graph.tensors[t].shape
-        for g in contracted(grouping)
+        for g in weights
         for t in grouping.groups[g].tensors
         if t in state and t not in sliced
     }

@@ -96,6 +96,12 @@ class Grouping:
                 return shared
         return self.group_of[view.tensor]
 
+    def leaf_of(self, group: int) -> int:
+        """The group of inputs that a group is, or is a copy of; -1 where it is neither."""
+        if self.groups[group].kind == COPY:
+            group = self.group_of[self.groups[group].source]
+        return int(group) if self.groups[group].kind == LEAF else -1
+
 
 def group(graph: Graph, *, strict: bool = False) -> Grouping:
     """Join the ops of a graph into groups.
